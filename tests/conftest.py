@@ -1,0 +1,147 @@
+"""What all tests share: a quiet offline environment, a tiny policy, and a check for leftovers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SESSION = uuid.uuid4().hex
+SHM = Path("/dev/shm")
+
+# Before anything is imported that reads them, and inherited by every process that tests start.
+os.environ.update(
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    TOKENIZERS_PARALLELISM="false",
+    # Leftovers are found by this mark; SPT_NOENV keeps setproctitle from writing over it.
+    DISTRL_TEST_SESSION=SESSION,
+    SPT_NOENV="1",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail at the end of the session where a file in shared memory or a process was left."""
+    before = set(SHM.glob("distrl-*"))
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # its service process lives until told otherwise
+    deadline_s = time.monotonic() + 15
+    while (processes := started_processes()) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    files = sorted(set(SHM.glob("distrl-*")) - before)
+    assert not files, f"left in shared memory: {', '.join(map(str, files))}"
+    assert not processes, f"left running: {'; '.join(processes)}"
+
+
+def started_processes() -> list[str]:
+    """Living processes that this session started, orphans included: 'pid command'."""
+    offspring = {child.pid for child in psutil.Process().children(recursive=True)}
+    return [
+        f"{process.pid} {command}"
+        for process in psutil.process_iter()
+        if process.pid in offspring or _carries_mark(process)
+        if (command := _command(process)) and "multiprocessing.resource_tracker" not in command
+    ]
+
+
+def _carries_mark(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get("DISTRL_TEST_SESSION") == SESSION
+    except psutil.Error:
+        return False
+
+
+def _command(process: psutil.Process) -> str:
+    """The command line; empty for a process that has ended (a zombie included)."""
+    try:
+        return " ".join(process.cmdline())[:200]
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a 2-layer, 64-wide Llama and a byte-level BPE of 300 tokens.
+
+    Tied embeddings, float32, 128 positions, random weights that are the same each time;
+    <pad> is 0, <bos> 1, <eos> 2. Read only: whoever changes it copies it first.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_policy")
+    _byte_tokenizer().save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # heads of 32: the narrowest that vLLM's CPU attention takes
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with exactly 300 tokens, <pad>, <bos> and <eos> first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = "the movie is a good film and the story was not as bad as it could have been"
+    tokenizer.train_from_iterator([words] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=128,
+    )
