@@ -1,0 +1,198 @@
+"""A run directory: what lies where, who may write to it, and with which configuration.
+
+    config.yaml   metrics.jsonl   tables/   ledger.sqlite   checkpoints/step_000050/
+    policy/       logs/           wandb/
+
+One driver at a time: a lock that the kernel frees when its holder dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# What a resumed run may change: how long, where and how watched, never what is learned.
+RESUMABLE = (
+    "run.root",
+    "run.name",
+    "driver.steps",
+    "driver.checkpoint_every",
+    "driver.keep_checkpoints",
+    "driver.max_restarts",
+    "driver.stall_timeout_s",
+    "generate.workers",
+    "score.workers",
+    "metrics.*",
+    "cluster.*",
+    "evaluate.*",
+)
+
+
+class RunDirError(Exception):
+    """The run directory cannot be used; the message says what to do."""
+
+
+class RunDir:
+    """The folder of one run. Reading its paths needs no lock; `create` takes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One flat JSON object a learner step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tables(self) -> Path:
+        """Tables of rollouts, one JSONL file a table."""
+        return self.path / "tables"
+
+    @property
+    def ledger(self) -> Path:
+        """What became of every prompt."""
+        return self.path / "ledger.sqlite"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed checkpoints, a folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def policy(self) -> Path:
+        """The final export, in Hugging Face format."""
+        return self.path / "policy"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the run's processes."""
+        return self.path / "logs"
+
+    @property
+    def wandb(self) -> Path:
+        """W&B's own files."""
+        return self.path / "wandb"
+
+    def create(self, config_yaml: str, *, resume: bool = False, fresh: bool = False) -> RunDir:
+        """Take the directory for this process and write `config.yaml` into it.
+
+        `resume` goes on with a run that is there; `fresh` deletes its progress first
+        (metrics, tables, ledger, checkpoints, exported policy). The lock is held until
+        `close` or the end of the process.
+
+        Raises RunDirError: another process has it; it has progress and neither flag was
+        given; or the configuration to resume with would learn something else.
+        """
+        if resume and fresh:
+            raise RunDirError("resume and fresh exclude each other: keep the progress or not?")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            self._prepare(config_yaml, resume, fresh)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def has_progress(self) -> bool:
+        """Whether a run has left steps, checkpoints or a policy here."""
+        metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
+        folders = (self.checkpoints, self.policy)
+        return metrics or any(f.is_dir() and any(f.iterdir()) for f in folders)
+
+    def close(self) -> None:
+        """Let another process have the directory. May be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self, config_yaml: str, resume: bool, fresh: bool) -> None:
+        if fresh:
+            self._delete_progress()
+        elif self.has_progress():
+            if not resume:
+                raise RunDirError(
+                    f"{self.path} holds a run already; go on with it by --resume, "
+                    "delete its progress by --fresh, or choose another --run.name"
+                )
+            self._check_same_config(config_yaml)
+        for folder in (self.checkpoints, self.logs, self.tables):
+            folder.mkdir(exist_ok=True)
+        temporary = self.path / "config.yaml.tmp"
+        temporary.write_text(config_yaml)
+        temporary.replace(self.config)
+
+    def _check_same_config(self, config_yaml: str) -> None:
+        if not self.config.exists():
+            raise RunDirError(
+                f"{self.path} has progress but no config.yaml to compare with; put the "
+                "run's own one back, or delete the progress by --fresh"
+            )
+        there = _flat(yaml.safe_load(self.config.read_text()))
+        given = _flat(yaml.safe_load(config_yaml))
+        changed = [
+            f"  {key}: {there.get(key, '(absent)')} -> {given.get(key, '(absent)')}"
+            for key in sorted(there.keys() | given.keys())
+            if there.get(key) != given.get(key)
+            and not any(fnmatchcase(key, pattern) for pattern in RESUMABLE)
+        ]
+        if changed:
+            raise RunDirError(
+                f"{self.path} was run with another configuration (there -> given):\n"
+                + "\n".join(changed)
+                + "\nResume with the same values, or choose another --run.name"
+            )
+
+    def _delete_progress(self) -> None:
+        for folder in (self.checkpoints, self.policy, self.tables):
+            shutil.rmtree(folder, ignore_errors=True)
+        for suffix in ("", "-wal", "-shm"):
+            self.ledger.with_name(self.ledger.name + suffix).unlink(missing_ok=True)
+        self.metrics.unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        path = self.path / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode() or "a process that has just started"
+            os.close(descriptor)
+            raise RunDirError(
+                f"{self.path} is in use by {holder}; wait for it, stop it, "
+                "or choose another --run.name"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._lock = descriptor
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted keys: {"learn": {"lr": 1}} becomes {"learn.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,56 @@
+"""The names of metrics: one place says what each means and in which unit.
+
+Names are part of the interface: alarms, reports and other people's notebooks read
+them. Add one here before logging it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+METRICS: dict[str, str] = {
+    "reward/mean": "mean score of the step's responses, before the KL price (reward units)",
+    "reward/std": "standard deviation of those scores (reward units)",
+    "kl/ref": "KL of the policy to the reference policy, k1, summed over a response (nats)",
+    "kl/coef": "price of a nat of KL in the reward (reward units per nat)",
+    "ppo/clip_fraction": "share of response tokens whose probability ratio was clipped (0..1)",
+    "ppo/approx_kl": "KL of the updated policy to the proximal one, a token (nats)",
+    "ppo/entropy": "entropy of the policy's next-token distribution (nats a token)",
+    "ppo/ess": "effective sample size of the importance weights over their number (0..1)",
+    "value/loss": "squared-error loss of the critic (reward units squared)",
+    "value/explained_variance": "1 - Var(return - value) / Var(return); 1 is perfect, 0 useless",
+    "loss/policy": "clipped surrogate loss of the policy, a token",
+    "grad/norm": "norm of the policy's gradient before clipping",
+    "staleness/max": "age of the oldest token that reached the gradient (versions)",
+    "staleness/mean": "mean age of the tokens that reached the gradient (versions)",
+    "staleness/hist": "list: entry k is the number of tokens of age k",
+    "mismatch/lag0_abs_mean": "mean |log p(learner) - log p(engine)| on tokens of age 0 (nats)",
+    "rollout/tokens_per_second": "response tokens generated a second of wall-clock",
+    "rollout/length_mean": "mean length of the step's responses (tokens)",
+    "rollout/truncated_fraction": "share of responses that were cut by length (0..1)",
+    "buffer/groups": "scored groups that wait for the learner when the step starts",
+    "time/step": "wall-clock from one learner step's end to the next's (s)",
+    "time/generate": "mean time to generate a group of the step (s)",
+    "time/score": "mean time to score a group of the step (s)",
+    "time/learn": "time in the learner's update (s)",
+    "time/sync": "time from the weights' publication to the last generator holding them (s)",
+    "time/idle_learner": "time that the learner waited for a full batch (s)",
+    "samples/total": "responses trained on since the start of the run",
+    "tokens/total": "response tokens trained on since the start of the run",
+}
+
+# Each part of the reward has a metric of its own, by the name that the config gives it.
+_COMPONENT = re.compile(r"reward/[a-z0-9_]+")
+
+
+def unknown_names(values: Iterable[str]) -> list[str]:
+    """The names in `values` that are neither in METRICS nor a `reward/<component>`.
+
+    "step" and "time", which every JSONL row carries, are known.
+    """
+    return sorted(
+        name
+        for name in values
+        if name not in METRICS and name not in {"step", "time"} and not _COMPONENT.fullmatch(name)
+    )
