@@ -51,7 +51,7 @@ def steps_in(path: Path) -> list[int]:
 
 def test_a_row_is_one_flat_json_object_that_is_there_at_once(tmp_path):
     sink = JSONLSink(tmp_path / "metrics.jsonl")
-    sink.log(1, {"reward/mean": np.float32(0.5), "staleness/hist": [3, 1], "buffer/groups": 4})
+    sink.log(1, {"reward/mean": np.float64(0.5), "staleness/hist": [3, 1], "buffer/groups": 4})
     row = json.loads((tmp_path / "metrics.jsonl").read_text())  # before close
     assert abs(row.pop("time") - time.time()) < 60
     assert row == {"step": 1, "reward/mean": 0.5, "staleness/hist": [3, 1], "buffer/groups": 4}
@@ -211,9 +211,7 @@ def test_time_left_counts_from_where_the_run_was_resumed(monkeypatch):
 
 
 def wandb_sink(run_dir: Path, **options) -> WandbSink:
-    return WandbSink(
-        run_dir, project="p", name="n", config={"a": 1}, run_id="abcd1234", **options
-    )
+    return WandbSink(run_dir, project="p", name="n", config={"a": 1}, run_id="abcd1234", **options)
 
 
 @pytest.fixture
@@ -244,6 +242,7 @@ def fake_wandb(monkeypatch, init) -> types.ModuleType:
     module.Histogram = lambda np_histogram: ("histogram", np_histogram)  # pyright: ignore
     module.Table = lambda columns, data: ("table", columns, data)  # pyright: ignore
     module.init = init  # pyright: ignore
+    module.setup = lambda settings: None  # pyright: ignore
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -256,7 +255,11 @@ def test_rows_reach_wandb_with_their_own_x_axis(monkeypatch, tmp_path, no_key):
     sink.table(7, "rollouts", ["prompt"], [["a"]])
     sink.close()
     assert run.rows == [
-        {"learner_step": 7, "reward/mean": 0.5, "staleness/hist": ("histogram", ([5, 2], [0, 1, 2]))},
+        {
+            "learner_step": 7,
+            "reward/mean": 0.5,
+            "staleness/hist": ("histogram", ([5, 2], [0, 1, 2])),
+        },
         {"learner_step": 7, "rollouts": ("table", ["prompt"], [["a"]])},
     ]
     assert ("*", {"step_metric": "learner_step"}) in run.defined
@@ -337,7 +340,7 @@ for step in (1, 2):
 sink.table(2, "rollouts", ["prompt", "reward"], [["a film", 0.5]])
 sink.close()
 assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.stdout)
-assert not sink.failed and not sink.dropped
+print("failed" if sink.failed else "logged")
 """
 
 
@@ -360,7 +363,7 @@ def test_real_wandb_offline_is_quiet_and_resumes_the_same_run(tmp_path):
     for _ in range(2):
         done = real_wandb(tmp_path, run_id)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "" and done.stderr == ""
+        assert done.stdout == "logged\n" and done.stderr == ""
         time.sleep(1.1)  # W&B names an offline folder by the second
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
@@ -371,8 +374,8 @@ def test_real_wandb_offline_is_quiet_and_resumes_the_same_run(tmp_path):
 @pytest.mark.slow
 def test_real_wandb_without_a_server_lets_the_process_end(tmp_path):
     began = time.monotonic()
-    done = real_wandb(
-        tmp_path, "x1", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
-    )
-    assert time.monotonic() - began < 45
-    assert "goes on without it" in done.stderr or done.returncode == 0
+    done = real_wandb(tmp_path, "x1", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert time.monotonic() - began < 20  # W&B itself would try for 30 s and more
+    assert done.returncode == 0 and done.stdout == "failed\n"
+    (line,) = done.stderr.splitlines()  # one warning, and nothing of W&B's own
+    assert "goes on without it" in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-Value = float | Sequence[int]
+Value = float | Sequence[float]
 Cell = str | float | int | None
 
 

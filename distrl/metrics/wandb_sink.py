@@ -7,18 +7,22 @@ on. `metrics.jsonl` has every row in any case.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import netrc
 import os
 import queue
 import re
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+
+import psutil
 
 from distrl.metrics.sinks import Cell, Value
 
@@ -56,7 +60,7 @@ class WandbSink:
         config: Mapping[str, Any],
         run_id: str,
         queue_rows: int = 1000,
-        close_timeout_s: float = 10.0,
+        close_timeout_s: float = 5.0,
     ) -> None:
         self.run_id = run_id
         self.dropped = 0
@@ -105,6 +109,7 @@ class WandbSink:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._warn(f"did not finish within {self._close_timeout_s:g} s")
+            _kill_service()
         if self.dropped:
             logger.warning("W&B was too slow for %d rows; metrics.jsonl has them", self.dropped)
 
@@ -136,6 +141,7 @@ class WandbSink:
             # W&B waits for its uploads, in an exit hook too; without a bound, for ever.
             finish_timeout=0.8 * self._close_timeout_s,
         )
+        wandb.setup(settings)  # or its login speaks before it knows that it should be silent
         run = wandb.init(settings=settings, **self._options)
         run.define_metric("learner_step")
         run.define_metric("*", step_metric="learner_step")
@@ -149,6 +155,24 @@ class WandbSink:
                 "W&B %s; the run goes on without it, and metrics.jsonl has every row", trouble
             )
         self.failed = True
+
+
+def _kill_service() -> None:
+    """End W&B's own child process, for which its exit hook would else wait without bound."""
+    services = [p for p in psutil.Process().children() if _name(p).startswith("wandb-core")]
+    for service in services:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            service.kill()
+    if services:
+        with contextlib.suppress(OSError):  # it cannot say goodbye to a dead process
+            sys.modules["wandb"].teardown()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
