@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PRESETS = Path(__file__).parent / "presets"
 
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Sizes of an attention head that vLLM serves on CPU."""
+
 
 class ConfigError(ValueError):
     """The configuration cannot work; the message names the field and the fix."""
@@ -48,7 +51,7 @@ class ModelConfig(Section):
     )
     hidden: int = Field(192, ge=16, description="hidden size of a new model")
     layers: int = Field(4, ge=1, description="decoder layers of a new model")
-    heads: int = Field(4, ge=1, description="attention heads of a new model")
+    heads: int = Field(6, ge=1, description="attention heads of a new model")
     vocab: int = Field(2048, ge=257, description="size of the byte-level BPE trained for it")
     context: int = Field(128, ge=8, description="positions of a new model")
 
@@ -57,6 +60,11 @@ class ModelConfig(Section):
         if self.hidden % self.heads:
             raise ConfigError(
                 f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}"
+            )
+        if self.path is None and self.hidden // self.heads not in HEAD_SIZES:
+            raise ConfigError(
+                f"model.hidden / model.heads = {self.hidden // self.heads}, which vLLM's CPU "
+                f"attention cannot serve; it has kernels for {HEAD_SIZES}"
             )
         return self
 
@@ -72,13 +80,19 @@ class DataConfig(Section):
     validation: str | None = Field(
         None, description="held-out rows; empty: a fixed tenth of source by hash"
     )
-    prompt_column: str = Field("prompt", description="column with the prompt: text or chat messages")
+    prompt_column: str = Field(
+        "prompt", description="column with the prompt: text or chat messages"
+    )
     response_column: str = Field("response", description="column with the demonstration (SFT)")
-    responses_column: str = Field("responses", description="column with the list of ranked responses")
+    responses_column: str = Field(
+        "responses", description="column with the list of ranked responses"
+    )
     ratings_column: str = Field(
         "ratings", description="column with one number a response, larger is better"
     )
-    id_column: str | None = Field(None, description="column with the row's identity; empty: its place")
+    id_column: str | None = Field(
+        None, description="column with the row's identity; empty: its place"
+    )
     chat: bool = Field(False, description="apply the tokenizer's chat template to prompts")
     max_prompt_tokens: int = Field(12, ge=1, description="longer prompts are an error, not cut")
     prompt_words: tuple[int, int] = Field(
@@ -100,7 +114,9 @@ class SFTConfig(Section):
 class RewardModelConfig(Section):
     epochs: int = Field(3, ge=1)
     lr: float = Field(5e-4, gt=0)
-    group: int = Field(8, ge=2, description="responses compared with each other in one batch element")
+    group: int = Field(
+        8, ge=2, description="responses compared with each other in one batch element"
+    )
     groups_per_step: int = Field(4, ge=1)
     margin: float = Field(
         0.0, ge=0, description="the loss asks for this much score per point of human rating apart"
@@ -127,7 +143,9 @@ class GenerateConfig(Section):
     max_num_seqs: int = Field(128, ge=1, description="sequences that an engine decodes at once")
     kv_cache_gib: float = Field(0.5, gt=0, description="CPU: memory of the KV cache")
     gpu_memory: float = Field(0.85, gt=0, le=1, description="GPU: share of memory for the engine")
-    max_model_len: int | None = Field(None, ge=8, description="empty: prompt + response, rounded up")
+    max_model_len: int | None = Field(
+        None, ge=8, description="empty: prompt + response, rounded up"
+    )
     start_timeout_s: float = Field(300, gt=0)
     request_timeout_s: float = Field(600, gt=0, description="a group that takes longer is lost")
 
@@ -147,7 +165,9 @@ class RewardPart(Section):
         if (self.model is None) == (self.function is None):
             raise ConfigError(f"reward part {self.name!r} needs either model or function")
         if self.function is not None and self.function.count(":") != 1:
-            raise ConfigError(f"reward function {self.function!r} is not of the form module:function")
+            raise ConfigError(
+                f"reward function {self.function!r} is not of the form module:function"
+            )
         return self
 
 
@@ -338,7 +358,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold a mapping of sections, found {type(values).__name__}")
+        raise ConfigError(
+            f"{path} should hold a mapping of sections, found {type(values).__name__}"
+        )
     return values
 
 

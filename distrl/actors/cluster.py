@@ -1,0 +1,148 @@
+"""A Ray cluster, here or there, and a place on it for every role."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from distrl.config import Config
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Local clusters: rollouts are small and short-lived."""
+
+
+class PlacementError(Exception):
+    """The cluster cannot hold a role; the message says what is missing and where."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What one role asks of the cluster: `workers` bundles of so many CPUs and GPUs."""
+
+    role: str
+    workers: int
+    cpus: float
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return {k: v for k, v in wanted.items() if v} or {"CPU": 0.01}
+
+
+def demands(config: Config) -> list[Demand]:
+    """The roles of a training run, the one that is hardest to place first."""
+    generate, score, learn = config.generate, config.score, config.learn
+    return [
+        Demand(role="learner", workers=1, cpus=learn.cpus, gpus=learn.gpus),
+        Demand(role="generator", workers=generate.workers, cpus=generate.cpus, gpus=generate.gpus),
+        Demand(role="scorer", workers=score.workers, cpus=score.cpus, gpus=score.gpus),
+    ]
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Within it Ray is there: the cluster at `cluster.address`, or one made for this run.
+
+    A local cluster is given as many logical CPUs as the roles ask for: on a laptop they
+    share the real cores. It ends with the block, and with this process.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.cluster.address is not None:
+        try:
+            ray.init(address=config.cluster.address, namespace="distrl", **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise PlacementError(
+                f"no Ray cluster answers at cluster.address={config.cluster.address!r}: {error}. "
+                "Start one with 'ray start --head' (see cluster/README.md)"
+            ) from error
+    else:
+        cpus = sum(d.workers * d.cpus for d in demands(config))
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES + int(config.driver.buffer_mib * 2**20),
+            namespace="distrl",
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_demands(wanted: list[Demand], nodes: list[dict[str, float]]) -> None:
+    """Raise PlacementError where a bundle fits no machine, or all of them not the cluster.
+
+    nodes: the resources of each machine, {"CPU": .., "GPU": ..}.
+    """
+    for demand in wanted:
+        if not any(_fits(demand.bundle, node) for node in nodes):
+            raise PlacementError(
+                f"no machine of the cluster can hold a {demand.role}, which asks for "
+                f"{_words(demand.bundle)}; the machines have: "
+                f"{'; '.join(_words(node) for node in nodes) or 'nothing'}. "
+                f"Lower {_section(demand)}.cpus or {_section(demand)}.gpus, or add a machine"
+            )
+    for kind in ("CPU", "GPU"):
+        need = sum(d.workers * d.bundle.get(kind, 0) for d in wanted)
+        there = sum(node.get(kind, 0) for node in nodes)
+        if need > there:
+            parts = ", ".join(
+                f"{d.workers} {d.role}(s) x {d.bundle[kind]:g}" for d in wanted if kind in d.bundle
+            )
+            raise PlacementError(
+                f"the run needs {need:g} {kind}s ({parts}) and the cluster has {there:g}; "
+                "use fewer workers or add a machine"
+            )
+
+
+def place(wanted: list[Demand], timeout_s: float) -> dict[str, PlacementGroup]:
+    """Reserve a placement group for each role; all or nothing. Raises PlacementError."""
+    check_demands(wanted, [_resources(node) for node in ray.nodes() if node["Alive"]])
+    groups: dict[str, PlacementGroup] = {}
+    for demand in wanted:
+        group = placement_group([demand.bundle] * demand.workers, strategy="PACK")
+        groups[demand.role] = group
+        if not group.wait(timeout_s):
+            release(groups)
+            raise PlacementError(
+                f"the {demand.workers} {demand.role}(s) found no place within "
+                f"cluster.placement_timeout_s={timeout_s:g}: each asks for "
+                f"{_words(demand.bundle)}, and free is {_words(ray.available_resources())}. "
+                "Somebody else may hold the rest: 'ray status' tells"
+            )
+    return groups
+
+
+def release(groups: dict[str, PlacementGroup]) -> None:
+    """Give all reservations back."""
+    for group in groups.values():
+        remove_placement_group(group)
+
+
+def _resources(node: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")}
+
+
+def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:
+    return all(node.get(kind, 0) >= amount for kind, amount in bundle.items())
+
+
+def _section(demand: Demand) -> str:
+    return {"learner": "learn", "generator": "generate", "scorer": "score"}[demand.role]
+
+
+def _words(resources: dict[str, float]) -> str:
+    shown = {k: v for k, v in resources.items() if k in ("CPU", "GPU")}
+    return ", ".join(f"{v:g} {k}" for k, v in shown.items()) or "no CPU"

@@ -1,0 +1,154 @@
+"""Handles: the driver's side of each actor, meeting the role protocols.
+
+Payloads stay behind object references: the driver awaits a group's metadata and hands
+the reference on, so tokens go from generator to scorer to learner without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from distrl.actors.process import tail
+from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
+from distrl.roles import LearnerFailed, WorkerDied
+
+T = TypeVar("T")
+
+CLOSE_TIMEOUT_S = 10
+"""An actor that has not ended of itself by then is killed."""
+
+
+class ActorHandle:
+    """An actor that can be made again, with the log that tells why it ended."""
+
+    def __init__(
+        self, name: str, make: Callable[[], Any], log: Path, start_timeout_s: float
+    ) -> None:
+        self.name = name
+        self._make = make
+        self._log = log
+        self._start_timeout_s = start_timeout_s
+        self.actor: Any = None
+        self.node = ""
+
+    async def start(self) -> None:
+        """Make the actor and wait until it serves. Raises WorkerDied."""
+        self.actor = self._make()
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                self.node = await self.alive(self.actor.start.remote())
+        except TimeoutError:
+            raise WorkerDied(
+                f"{self.name} did not start within {self._start_timeout_s:g} s; {tail(self._log)}"
+            ) from None
+
+    async def restart(self) -> None:
+        """End the actor, if it is still there, and make another."""
+        await self.close()
+        await self.start()
+
+    async def close(self) -> None:
+        """End the actor. May be called twice."""
+        actor, self.actor = self.actor, None
+        if actor is None:
+            return
+        with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+            await asyncio.wait_for(_result(actor.close.remote()), CLOSE_TIMEOUT_S)
+        ray.kill(actor)
+
+    async def alive(self, reference: Any) -> Any:
+        """Await a call; an actor that is gone becomes WorkerDied with its last words."""
+        try:
+            return await reference
+        except RayActorError as error:
+            raise WorkerDied(
+                f"{self.name} died: {_first_line(error)}\n{tail(self._log)}"
+            ) from error
+
+    def running(self) -> Any:
+        """The actor. Raises WorkerDied where there is none."""
+        if self.actor is None:
+            raise WorkerDied(f"{self.name} is not running")
+        return self.actor
+
+
+class GeneratorHandle(ActorHandle):
+    """The `Generator` role over an actor."""
+
+    learner: LearnerHandle
+
+    async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
+        info, payload = self.running().generate.remote(prompt)
+        return Parcel(info=await self.alive(info), payload=payload)
+
+    async def hold(self, groups: int) -> None:
+        await self.alive(self.running().hold.remote(groups))
+
+    async def load_weights(self, weights: Weights) -> None:
+        """On another machine than the learner's, the image goes through the object store."""
+        actor = self.running()
+        if self.node == self.learner.node:
+            await self.alive(actor.load_weights.remote(weights))
+        else:
+            image = self.learner.image(weights)
+            await self.alive(actor.relay_weights.remote(weights, image))
+
+
+class ScorerHandle(ActorHandle):
+    """The `Scorer` role over an actor."""
+
+    async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
+        info, payload = self.running().score.remote(group.info, group.payload)
+        return Parcel(info=await self.alive(info), payload=payload)
+
+
+class LearnerHandle(ActorHandle):
+    """The `Learner` role over an actor. It is not restarted: its state is the run's."""
+
+    def __init__(
+        self, name: str, make: Callable[[], Any], log: Path, start_timeout_s: float
+    ) -> None:
+        super().__init__(name, make, log, start_timeout_s)
+        self._image: tuple[int, Any] | None = None
+
+    async def learn(self, payloads: Sequence[Any]) -> StepReport:
+        return await self._call(self.running().learn.remote(*payloads))
+
+    async def publish(self) -> Weights:
+        return await self._call(self.running().publish.remote())
+
+    async def save(self, folder: Path) -> None:
+        await self._call(self.running().save.remote(folder))
+
+    async def load(self, folder: Path) -> None:
+        await self._call(self.running().load.remote(folder))
+
+    async def export(self, folder: Path) -> None:
+        await self._call(self.running().export.remote(folder))
+
+    def image(self, weights: Weights) -> Any:
+        """A reference to a version's bytes: put into the object store once, by the learner."""
+        if self._image is None or self._image[0] != weights.version:
+            self._image = (weights.version, self.running().image.remote(weights))
+        return self._image[1]
+
+    async def _call(self, reference: Awaitable[T]) -> T:
+        try:
+            return await self.alive(reference)
+        except WorkerDied as error:
+            raise LearnerFailed(str(error)) from error
+
+
+async def _result(reference: Any) -> Any:
+    return await reference
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,163 @@
+"""All the actors of a training run, made together and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distrl.actors.cluster import Demand, demands, place, release
+from distrl.actors.handles import GeneratorHandle, LearnerHandle, ScorerHandle
+from distrl.actors.workers import GeneratorActor, LearnerActor, ScorerActor, remote
+from distrl.config import Config
+from distrl.generate.engine import EngineSpec
+from distrl.learn.learner import LearnerSpec
+
+MAX_CALLS = 10_000
+"""Calls an async actor runs at once; the driver's slots are the real bound."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cast:
+    """The roles of a run."""
+
+    generators: list[GeneratorHandle]
+    scorers: list[ScorerHandle]
+    learner: LearnerHandle
+
+
+@asynccontextmanager
+async def launched(
+    config: Config, *, policy: Path, reward_model: Path, logs: Path
+) -> AsyncIterator[Cast]:
+    """Place and start every actor; all of them are ended when the block is left.
+
+    policy: Hugging Face folder the policy starts from; reward_model: the critic's start.
+    Raises PlacementError before any actor starts, WorkerDied where one does not come up.
+    """
+    wanted = demands(config)
+    groups = place(wanted, config.cluster.placement_timeout_s)
+    by_role = {demand.role: demand for demand in wanted}
+    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve())
+    learner = make.learner(reward_model.resolve())
+    cast = Cast(
+        generators=[make.generator(i, learner) for i in range(config.generate.workers)],
+        scorers=[make.scorer(i) for i in range(config.score.workers)],
+        learner=learner,
+    )
+    everyone = [cast.learner, *cast.scorers, *cast.generators]
+    try:
+        async with asyncio.TaskGroup() as starting:
+            for handle in everyone:
+                starting.create_task(handle.start())
+        yield cast
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        await asyncio.gather(*(handle.close() for handle in everyone))
+        release(groups)
+
+
+class _Maker:
+    """Knows how each actor is made; a handle calls it again to make a replacement."""
+
+    def __init__(
+        self,
+        wanted: dict[str, Demand],
+        groups: dict[str, PlacementGroup],
+        config: Config,
+        policy: Path,
+        logs: Path,
+    ) -> None:
+        self.wanted, self.groups, self.config = wanted, groups, config
+        self.policy, self.logs = policy, logs
+
+    def generator(self, place: int, learner: LearnerHandle) -> GeneratorHandle:
+        config = self.config
+        name = f"generator-{place}"
+        spec = EngineSpec(
+            model=self.policy,
+            config=config.generate,
+            max_model_len=config.generate.max_model_len or config.sequence_tokens,
+            seed=config.run.seed + place,
+            transport=config.transport,
+            cores=generator_cores(config, place),
+        )
+        actor = self._actor("generator", place, GeneratorActor, max_concurrency=MAX_CALLS)
+        handle = GeneratorHandle(
+            name,
+            lambda: actor.remote(name, spec, config.sync, self._log(name)),
+            self._log(name),
+            config.generate.start_timeout_s,
+        )
+        handle.learner = learner
+        return handle
+
+    def scorer(self, place: int) -> ScorerHandle:
+        config = self.config
+        name = f"scorer-{place}"
+        threads = None if config.score.gpus else max(1, int(config.score.cpus))
+        actor = self._actor("scorer", place, ScorerActor, max_concurrency=MAX_CALLS)
+        return ScorerHandle(
+            name,
+            lambda: actor.remote(name, config.score, self.policy, threads, self._log(name)),
+            self._log(name),
+            config.generate.start_timeout_s,
+        )
+
+    def learner(self, reward_model: Path) -> LearnerHandle:
+        config = self.config
+        from_rewards = config.learn.value_from == "reward_model"
+        spec = LearnerSpec(
+            policy=self.policy,
+            reward_model=reward_model if from_rewards else None,
+            config=config.learn,
+            total_steps=config.driver.steps,
+            temperature=config.generate.temperature,
+            seed=config.run.seed,
+            canary_tokens=config.sync.canary_tokens,
+            scratch=self.logs,
+            threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
+        )
+        actor = self._actor("learner", 0, LearnerActor)
+        return LearnerHandle(
+            "learner",
+            lambda: actor.remote(spec, self._log("learner")),
+            self._log("learner"),
+            config.generate.start_timeout_s,
+        )
+
+    def _actor(self, role: str, place: int, cls: type, **options: Any) -> Any:
+        demand = self.wanted[role]
+        return remote(cls).options(
+            num_cpus=demand.bundle.get("CPU", 0),
+            num_gpus=demand.bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self.groups[role], placement_group_bundle_index=place
+            ),
+            **options,
+        )
+
+    def _log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+
+def generator_cores(config: Config, place: int) -> str | None:
+    """The CPU cores that generator `place` binds to, on a machine of its own making.
+
+    Generators take cores from the first one on, so the learner has the last ones. On a
+    cluster and on GPUs vLLM chooses.
+    """
+    if config.generate.gpus or config.cluster.address is not None:
+        return None
+    width = max(1, int(config.generate.cpus))
+    there = sorted(os.sched_getaffinity(0))
+    first = (place * width) % len(there)
+    return ",".join(str(core) for core in there[first : first + width])

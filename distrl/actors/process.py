@@ -1,0 +1,31 @@
+"""What every actor's process does: its own log file, and what the end of it says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import ray
+
+
+def log_to(path: Path) -> None:
+    """Send this process's output, and that of its children, to `path` (appended)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+
+
+def tail(path: Path, lines: int = 12) -> str:
+    """The last lines of a log, for an error message."""
+    if not path.exists():
+        return f"(no log at {path})"
+    text = path.read_text(errors="replace").splitlines()
+    return "\n".join([f"last lines of {path}:", *text[-lines:]])
+
+
+def node_id() -> str:
+    """The Ray node that this process runs on."""
+    return ray.get_runtime_context().get_node_id()

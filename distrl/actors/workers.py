@@ -1,0 +1,158 @@
+"""The actors: each wraps the plain class of its room and adds a process to it.
+
+A generator or scorer whose engine is gone ends its own process with `os._exit`: Ray
+would otherwise count it as alive (and `exit_actor` as finished on purpose).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from distrl.actors.process import log_to, node_id
+from distrl.config import ScoreConfig, SyncConfig
+from distrl.data.tokenizer import load_tokenizer
+from distrl.generate.engine import EngineSpec
+from distrl.generate.generator import VLLMGenerator
+from distrl.learn.learner import LearnerSpec, PPOLearner
+from distrl.records import (
+    GroupInfo,
+    Parcel,
+    Prompt,
+    Rollout,
+    ScoredInfo,
+    ScoredRollout,
+    StepReport,
+    Weights,
+)
+from distrl.roles import WorkerDied
+from distrl.score.scorer import LocalScorer
+from distrl.sync.memory import SharedMemoryPublisher
+
+log = logging.getLogger(__name__)
+
+DEAD_ENGINE = 75
+"""Exit status of an actor whose engine died."""
+
+
+def _begin(path: Path) -> None:
+    log_to(path)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+
+
+class GeneratorActor:
+    """`VLLMGenerator` in a process of its own; many calls at once."""
+
+    def __init__(self, name: str, spec: EngineSpec, sync: SyncConfig, log_path: Path) -> None:
+        _begin(log_path)
+        self.generator = VLLMGenerator(name, spec, sync)
+        self.images = SharedMemoryPublisher()
+
+    async def start(self) -> str:
+        await self.generator.start()
+        return node_id()
+
+    @ray.method(num_returns=2)
+    async def generate(self, prompt: Prompt) -> tuple[GroupInfo, Rollout]:
+        try:
+            parcel = await self.generator.generate(prompt)
+        except WorkerDied as error:
+            _end(error)
+            raise
+        return parcel.info, parcel.payload
+
+    async def hold(self, groups: int) -> None:
+        await self.generator.hold(groups)
+
+    async def load_weights(self, weights: Weights) -> None:
+        try:
+            await self.generator.load_weights(weights)
+        except WorkerDied as error:
+            _end(error)
+
+    async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
+        """Take on weights whose image came from another machine."""
+        path = self.images.relay(memoryview(image), weights.version)
+        fields = {name: getattr(weights, name) for name in Weights.__slots__}
+        await self.load_weights(Weights(**(fields | {"locator": path})))
+
+    async def close(self) -> None:
+        await self.generator.close()
+        self.images.close()
+
+
+class ScorerActor:
+    """`LocalScorer` in a process of its own; concurrent calls share forward passes."""
+
+    def __init__(
+        self, name: str, config: ScoreConfig, policy: Path, threads: int | None, log_path: Path
+    ) -> None:
+        _begin(log_path)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        self.scorer = LocalScorer(config, load_tokenizer(policy), name)
+
+    async def start(self) -> str:
+        return node_id()
+
+    @ray.method(num_returns=2)
+    async def score(self, info: GroupInfo, rollout: Rollout) -> tuple[ScoredInfo, ScoredRollout]:
+        parcel = await self.scorer.score(Parcel(info=info, payload=rollout))
+        return parcel.info, parcel.payload
+
+    async def close(self) -> None:
+        await self.scorer.close()
+
+
+class LearnerActor:
+    """`PPOLearner` in a process of its own; one call at a time."""
+
+    def __init__(self, spec: LearnerSpec, log_path: Path) -> None:
+        _begin(log_path)
+        self.learner = PPOLearner(spec)
+
+    def start(self) -> str:
+        return node_id()
+
+    def learn(self, *groups: ScoredRollout) -> StepReport:
+        return self.learner.learn(groups)
+
+    def publish(self) -> Weights:
+        return self.learner.publish()
+
+    def image(self, weights: Weights) -> np.ndarray:
+        """The bytes of a version that this learner still holds."""
+        return np.fromfile(weights.locator, dtype=np.uint8)
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        self.learner.export(folder)
+
+    def close(self) -> None:
+        self.learner.close()
+
+
+def _end(error: BaseException) -> None:
+    """End this process so that Ray sees a death, with the cause in the log."""
+    log.critical("ending this process: %s", error, exc_info=error)
+    logging.shutdown()
+    os._exit(DEAD_ENGINE)
+
+
+def remote(cls: type) -> Any:
+    """The Ray actor class of a plain class; it is never restarted or retried by Ray itself."""
+    return ray.remote(max_restarts=0, max_task_retries=0)(cls)

@@ -1,0 +1,1 @@
+"""Prompts to rollouts: a vLLM engine whose every token is stamped with a version."""

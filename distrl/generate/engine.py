@@ -1,0 +1,83 @@
+"""Starting a vLLM engine in this process: no port opened, weights replaceable in flight."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distrl.config import GenerateConfig
+from distrl.sync.vllm_plugin import BACKEND, DIE_WITH_PARENT
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What an engine needs to know.
+
+    Attributes:
+        model: Hugging Face folder of the policy with its tokenizer.
+        config: the `generate` section.
+        max_model_len: tokens of prompt + response that must fit.
+        seed: of the engine's own sampler (per-request seeds can kill the CPU engine).
+        transport: "shm" or "nccl".
+        cores: CPU cores to bind to, as "0" or "0-3"; None lets vLLM choose.
+    """
+
+    model: Path
+    config: GenerateConfig
+    max_model_len: int
+    seed: int
+    transport: str = "shm"
+    cores: str | None = None
+
+
+def start_engine(spec: EngineSpec) -> AsyncLLM:
+    """Start an engine and wait until it serves (half a minute, mostly imports).
+
+    Must be called from a running event loop's thread that lives as long as the engine.
+    Raises what vLLM raises when the engine cannot start.
+    """
+    os.environ.update(_environment(spec))
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    on_gpu = spec.config.gpus > 0
+    args = AsyncEngineArgs(
+        model=str(spec.model),
+        dtype=spec.config.dtype,
+        seed=spec.seed,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.config.max_num_seqs,
+        tensor_parallel_size=max(1, int(spec.config.gpus)),
+        gpu_memory_utilization=spec.config.gpu_memory,
+        kv_cache_memory_bytes=None if on_gpu else int(spec.config.kv_cache_gib * 2**30),
+        enforce_eager=not on_gpu,
+        enable_prefix_caching=True,
+        async_scheduling=False,
+        disable_log_stats=True,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(
+            backend=BACKEND if spec.transport == "shm" else spec.transport
+        ),
+        trust_remote_code=False,
+    )
+    return AsyncLLM.from_engine_args(args)
+
+
+def _environment(spec: EngineSpec) -> dict[str, str]:
+    """Settings that vLLM reads from the environment of the process that starts it."""
+    env = {
+        DIE_WITH_PARENT: str(os.getpid()),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_CPU_CI_ENV": "1",  # skips a warm-up that small engines do not need
+    }
+    if spec.cores is not None:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = spec.cores
+    return env

@@ -1,0 +1,259 @@
+"""The generator: a vLLM engine behind the `Generator` role, in one process.
+
+Who waits for whom. `generate` waits for its request, and then until the weights that
+were loaded last have passed the canary: a sample of unproven weights never leaves.
+`load_weights` waits for nobody: requests in flight are frozen, not drained, and go on
+under the new weights with their cache computed anew; each token keeps the version
+that sampled it. One lock owns pause and resume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from distrl.config import SyncConfig
+from distrl.data.tokenizer import load_tokenizer
+from distrl.generate.engine import EngineSpec, start_engine
+from distrl.generate.records import IncompleteOutput, to_rollout, token_logprobs
+from distrl.records import GroupInfo, Parcel, Prompt, Rollout, Weights
+from distrl.roles import CanaryMismatch, RoleError, WorkerDied
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+T = TypeVar("T")
+
+
+class Gate:
+    """Collects the prompts of one lockstep batch."""
+
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        self.waiting: list[tuple[Prompt, asyncio.Future[RequestOutputCollector]]] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self.waiting) == self.groups
+
+
+class VLLMGenerator:
+    """One engine. Use `await start()` once, in the loop that it will live in."""
+
+    def __init__(self, name: str, spec: EngineSpec, sync: SyncConfig) -> None:
+        self.name = name
+        self.spec = spec
+        self.sync = sync
+        self.tokenizer = load_tokenizer(spec.model)
+        self._engine: AsyncLLM | None = None
+        self._ids = itertools.count()
+        self._updating = asyncio.Lock()
+        self._proven = asyncio.Event()
+        self._bad_loads = 0
+        self._gate: Gate | None = None
+
+    async def start(self) -> None:
+        """Start the engine; it holds the checkpoint's weights, as version 0."""
+        self._engine = start_engine(self.spec)
+        await self._engine.update_weight_version("0")
+        self._proven.set()
+
+    @property
+    def engine(self) -> AsyncLLM:
+        if self._engine is None:
+            raise WorkerDied(f"{self.name}: no engine is running")
+        return self._engine
+
+    # -- rollouts -----------------------------------------------------------------
+
+    async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
+        """Roll out one group. Raises RoleError: the group was lost."""
+        began = time.monotonic()
+        while True:
+            bad_loads = self._bad_loads
+            rollout = await self._roll(prompt)
+            await self._proven.wait()
+            if self._bad_loads == bad_loads:
+                info = GroupInfo.of(rollout, time.monotonic() - began)
+                return Parcel(info=info, payload=rollout)
+
+    async def hold(self, groups: int) -> None:
+        """Keep new prompts back until `groups` of them wait, then start all at once."""
+        self._gate = Gate(groups)
+
+    async def _roll(self, prompt: Prompt) -> Rollout:
+        try:
+            async with asyncio.timeout(self.spec.config.request_timeout_s):
+                collector = await self._enqueue(prompt)
+                output = await self._finished(collector)
+        except TimeoutError:
+            raise RoleError(
+                f"{self.name}: prompt {prompt.prompt_id!r} took longer than "
+                f"generate.request_timeout_s={self.spec.config.request_timeout_s:g}"
+            ) from None
+        except IncompleteOutput as error:
+            raise RoleError(f"{self.name}: {error}") from error
+        return to_rollout(output, prompt, self.name, self.tokenizer)
+
+    async def _enqueue(self, prompt: Prompt) -> RequestOutputCollector:
+        gate = self._gate
+        if gate is None:
+            return await self._alive(self._add(prompt))
+        queued: asyncio.Future[RequestOutputCollector] = asyncio.Future()
+        gate.waiting.append((prompt, queued))
+        if gate.full:
+            self._gate = None
+            await self._alive(self._release(gate))
+        return await queued
+
+    async def _release(self, gate: Gate) -> None:
+        """Queue a whole batch while the engine stands still, then let it run.
+
+        Sorted, so that the order of arrival is no matter. The question whether the
+        engine is paused travels behind the requests in the same queue: its answer
+        proves that all of them have arrived.
+        """
+        async with self._updating:
+            await self.engine.pause_generation(mode="keep", clear_cache=False)
+            for prompt, queued in sorted(gate.waiting, key=lambda entry: entry[0].index):
+                queued.set_result(await self._add(prompt))
+            await self.engine.is_paused()
+            await self.engine.resume_generation()
+
+    async def _add(self, prompt: Prompt) -> RequestOutputCollector:
+        return await self.engine.add_request(
+            f"{self.name}-{next(self._ids)}",
+            {"prompt_token_ids": prompt.token_ids.tolist()},
+            self._sampling(),
+        )
+
+    def _sampling(self) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        config = self.spec.config
+        return SamplingParams(
+            n=config.samples_per_prompt,
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            watermarking=False,
+        )
+
+    async def _finished(self, collector: RequestOutputCollector) -> RequestOutput:
+        """The final output of a request; aborts it where nobody waits any more."""
+        try:
+            while True:
+                output: Any = await self._alive(_next(collector))
+                if output.finished:
+                    return output
+        except (asyncio.CancelledError, TimeoutError):
+            await self.engine.abort(collector.request_id, internal=True)
+            raise
+        finally:
+            collector.close()
+
+    async def _alive(self, call: Awaitable[T]) -> T:
+        """Await an engine call; a dead engine becomes WorkerDied."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await call
+        except EngineDeadError as error:
+            raise WorkerDied(f"{self.name}: the engine died: {error}") from error
+
+    # -- weights ------------------------------------------------------------------
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Take on `weights` with requests in flight, and prove it by the canary.
+
+        Raises CanaryMismatch (load again, or replace this generator), or WorkerDied
+        where the transfer failed: the engine may hold half of each version then.
+        """
+        async with self._updating:
+            self._proven.clear()
+            try:
+                async with asyncio.timeout(self.sync.timeout_s):
+                    await self._alive(self._transfer(weights))
+                    gap = await self._alive(self._canary_gap(weights))
+            except TimeoutError:
+                raise WorkerDied(
+                    f"{self.name}: version {weights.version} was not loaded within "
+                    f"sync.timeout_s={self.sync.timeout_s:g}"
+                ) from None
+            if not gap <= self.sync.canary_tolerance:
+                self._bad_loads += 1
+                raise CanaryMismatch(
+                    f"{self.name}: after loading version {weights.version} its log-probabilities "
+                    f"differ by {gap:.3g} nats from the learner's (allowed: "
+                    f"sync.canary_tolerance={self.sync.canary_tolerance:g})"
+                )
+            self._proven.set()
+
+    async def _transfer(self, weights: Weights) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        update = {"path": weights.locator, "nbytes": weights.nbytes}
+        await self.engine.pause_generation(mode="keep", clear_cache=True)
+        try:
+            await self.engine.start_weight_update()
+            await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await self.engine.finish_weight_update(weight_version=str(weights.version))
+        except Exception as error:
+            raise WorkerDied(f"{self.name}: weight transfer failed: {error}") from error
+        await self.engine.resume_generation()
+
+    async def _canary_gap(self, weights: Weights) -> float:
+        """Largest difference (nats) between engine and learner on the probe."""
+        mine = await self.score_tokens(weights.probe_ids)
+        return float(np.abs(mine - weights.probe_logprobs).max())
+
+    async def score_tokens(self, token_ids: np.ndarray) -> np.ndarray:
+        """[K-1] float32: log p(token_ids[1:]) under the engine's present weights."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            watermarking=False,
+        )
+        collector = await self.engine.add_request(
+            f"{self.name}-probe-{next(self._ids)}",
+            {"prompt_token_ids": token_ids.tolist()},
+            params,
+        )
+        output = await self._finished(collector)
+        return token_logprobs(output.prompt_logprobs[1:], token_ids[1:])
+
+    # -- life ---------------------------------------------------------------------
+
+    async def restart(self) -> None:
+        """Start the engine anew in this process."""
+        await self.close()
+        self._bad_loads += 1
+        await self.start()
+
+    async def close(self) -> None:
+        """Stop the engine and its processes. May be called twice."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.shutdown()
+
+
+async def _next(collector: RequestOutputCollector) -> Any:
+    return collector.get_nowait() or await collector.get()

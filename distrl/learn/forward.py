@@ -1,0 +1,53 @@
+"""One forward pass each: log-probabilities of responses, and their values.
+
+Only response tokens reach the output head: the positions that predict them are picked
+out of the hidden states first, so logits are never made for prompts or padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distrl.algo import token_logprobs
+from distrl.learn.experience import Experience
+from distrl.models.heads import ScalarModel
+
+
+def response_logprobs(
+    policy: PreTrainedModel, batch: Experience, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """logprobs_BT and entropy_BT (nats) of the responses under `policy`; 0 on padding.
+
+    The distribution is that of logits / temperature, as the engine samples from it.
+    """
+    mask_BT = batch.mask_BT
+    hidden_BLD = policy.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
+    picked_ND = hidden_BLD[_predicting(batch)]
+    head = policy.get_output_embeddings()
+    logits_1NV = head(picked_ND)[None]
+    logprobs_1N, entropy_1N = token_logprobs(
+        logits_1NV, batch.tokens_BT[mask_BT][None], temperature, with_entropy=with_entropy
+    )
+    return _spread(logprobs_1N[0], mask_BT), _spread(entropy_1N[0], mask_BT)
+
+
+def response_values(critic: ScalarModel, batch: Experience) -> Tensor:
+    """values_BT: the critic's value of the state in which each response token was chosen."""
+    values_BL = critic(batch.ids_BL)
+    return _spread(values_BL[_predicting(batch)], batch.mask_BT)
+
+
+def _predicting(batch: Experience) -> Tensor:
+    """[B, L] mask of the positions that predict response tokens, in the order of tokens."""
+    places_L = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device)
+    first_B1 = batch.prompt_lengths_B[:, None] - 1
+    last_B1 = batch.lengths_B[:, None] - 1
+    return (places_L >= first_B1) & (places_L < last_B1)
+
+
+def _spread(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """The values of all response tokens, in order, back in their B x T places."""
+    out_BT = values_N.new_zeros(mask_BT.shape)
+    return out_BT.masked_scatter(mask_BT, values_N)

@@ -1,0 +1,297 @@
+"""The learner: owns the policy, the critic and their optimizers, in one process.
+
+`PPOLearner` is plain and synchronous; `LocalLearner` is the `Learner` role around it for
+one process, and the Ray actor forwards to it likewise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from distrl.algo import AdaptiveKL, FixedKL, lr_factor
+from distrl.config import LearnConfig
+from distrl.data.tokenizer import load_tokenizer
+from distrl.learn.experience import Experience, to_experience
+from distrl.learn.measure import measure
+from distrl.learn.ppo import MinibatchReport, Prepared, backward, minibatches, prepare
+from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
+from distrl.models.heads import ScalarModel
+from distrl.models.load import best_device, load_policy, save_policy
+from distrl.records import RolloutBatch, ScoredRollout, StepReport, Weights
+from distrl.roles import LearnerFailed
+from distrl.sync.memory import SharedMemoryPublisher, checkpoint_tensors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerSpec:
+    """What a learner needs to know.
+
+    Attributes:
+        policy: Hugging Face folder that the policy starts from; also the frozen reference.
+        reward_model: folder that the critic starts from; None: from the policy's body.
+        config: the `learn` section.
+        total_steps: learner steps of the run, for the schedule.
+        temperature: of sampling; log-probabilities are of logits / temperature.
+        canary_tokens: length of the probe that proves a sync.
+        scratch: folder where the batch of a non-finite step is kept.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    policy: Path
+    reward_model: Path | None
+    config: LearnConfig
+    total_steps: int
+    temperature: float
+    seed: int
+    canary_tokens: int
+    scratch: Path
+    threads: int | None = None
+
+
+class PPOLearner:
+    """PPO with a separate critic. Not thread-safe: one call at a time."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        self.spec, self.config = spec, spec.config
+        self.device = best_device() if spec.config.gpus else torch.device("cpu")
+        self.tokenizer = load_tokenizer(spec.policy)
+        self.policy = load_policy(spec.policy, tokenizer=self.tokenizer).to(self.device)
+        self.reference = load_policy(spec.policy).to(self.device).requires_grad_(False)
+        self.critic = self._new_critic().to(self.device)
+        self.policy_optimizer = self._adamw(self.policy)
+        self.critic_optimizer = self._adamw(self.critic)
+        kl = spec.config.kl
+        self.kl: AdaptiveKL | FixedKL = (
+            AdaptiveKL(kl.coef, kl.target, kl.horizon)
+            if kl.kind == "adaptive"
+            else FixedKL(kl.coef)
+        )
+        self.publisher = SharedMemoryPublisher()
+        self.step = 0
+        self.version = 0
+        self.skips = 0
+        self.skips_in_a_row = 0
+
+    def _new_critic(self) -> ScalarModel:
+        if self.spec.reward_model is not None:
+            return ScalarModel.load(self.spec.reward_model)
+        return ScalarModel.from_policy(self.policy, self.spec.seed, zero_head=True)
+
+    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=0.0,
+            betas=self.config.adam_betas,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+
+    # -- one step -----------------------------------------------------------------
+
+    def learn(self, groups: Sequence[ScoredRollout]) -> StepReport:
+        """One learner step. Raises LearnerFailed after `max_skips` bad steps in a row."""
+        began = time.monotonic()
+        batch = to_experience(RolloutBatch(groups=tuple(groups))).to(self.device)
+        prepared = prepare(
+            batch,
+            self.policy,
+            self.reference,
+            self.critic,
+            self.config,
+            temperature=self.spec.temperature,
+            kl_coef=self.kl.coef,
+        )
+        metrics = measure(batch, prepared, version=self.version)
+        metrics["kl/coef"] = self.kl.coef
+        reports, norms = self._optimise(batch, prepared)
+        self.step += 1
+        skipped = not norms
+        if not skipped:
+            self.version += 1
+            self.kl.update(metrics["kl/ref"], len(batch))
+            metrics |= _means(reports, norms)
+        metrics["learn/skipped_steps"] = float(self.skips)
+        metrics["learn/lr"] = self._rate(self.config.lr)
+        metrics["time/learn_compute"] = time.monotonic() - began
+        return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=metrics)
+
+    def _optimise(
+        self, batch: Experience, prepared: Prepared
+    ) -> tuple[list[MinibatchReport], list[float]]:
+        """All optimizer steps of a batch; stops at the first that is not finite."""
+        reports: list[MinibatchReport] = []
+        norms: list[float] = []
+        for index in minibatches(len(batch), self.config, (self.spec.seed, self.step)):
+            report = backward(
+                batch, prepared, index, self.policy, self.critic, self.config, self.spec.temperature
+            )
+            norm = self._apply()
+            if not (math.isfinite(norm) and math.isfinite(report.policy_loss + report.value_loss)):
+                self._skip(batch, report, norm)
+                return reports, norms
+            reports.append(report)
+            norms.append(norm)
+        self.skips_in_a_row = 0
+        return reports, norms
+
+    def _apply(self) -> float:
+        """Clip and step both optimizers; returns the policy's gradient norm before clipping.
+
+        Nothing is applied where either norm is not finite, and NaN comes back.
+        """
+        clip = self.config.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
+        critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
+        finite = bool(torch.isfinite(norm) & torch.isfinite(critic_norm))
+        if finite:
+            for optimizer, peak in (
+                (self.policy_optimizer, self.config.lr),
+                (self.critic_optimizer, self.config.critic_lr),
+            ):
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate(peak)
+                optimizer.step()
+        self.policy_optimizer.zero_grad(set_to_none=True)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        return float(norm) if finite else math.nan
+
+    def _rate(self, peak: float) -> float:
+        total = max(self.spec.total_steps, self.config.warmup_steps)
+        return peak * lr_factor(self.step, total, self.config.schedule, self.config.warmup_steps)
+
+    def _skip(self, batch: Experience, report: MinibatchReport, norm: float) -> None:
+        """Count a non-finite step and keep its batch; stop the run at the third in a row."""
+        self.skips += 1
+        self.skips_in_a_row += 1
+        path = self.spec.scratch / f"nonfinite_step_{self.step + 1:06d}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in vars(batch).items()}, path)
+        cause = (
+            f"learner step {self.step + 1}: policy loss {report.policy_loss}, value loss "
+            f"{report.value_loss}, gradient norm {norm}; the batch is kept in {path}"
+        )
+        log.warning("skipped a non-finite %s", cause)
+        if self.skips_in_a_row >= self.config.max_skips:
+            raise LearnerFailed(
+                f"{self.skips_in_a_row} non-finite steps in a row; the last: {cause}. "
+                "Lower learn.lr or look at the rewards of that batch"
+            )
+
+    # -- weights ------------------------------------------------------------------
+
+    def publish(self) -> Weights:
+        """Put the present policy into shared memory. Raises NonFiniteWeights."""
+        locator, nbytes = self.publisher.publish(checkpoint_tensors(self.policy), self.version)
+        probe = self._probe_ids()
+        return Weights(
+            version=self.version,
+            transport="shm",
+            locator=locator,
+            nbytes=nbytes,
+            probe_ids=probe,
+            probe_logprobs=self._probe_logprobs(probe),
+        )
+
+    def _probe_ids(self) -> np.ndarray:
+        """[K] int32: ids spread over the whole vocabulary, the same in each run."""
+        rows = self.policy.get_input_embeddings().weight.shape[0]
+        size = min(rows, len(self.tokenizer))
+        return np.random.default_rng(0).integers(0, size, self.spec.canary_tokens, dtype=np.int32)
+
+    @torch.no_grad()
+    def _probe_logprobs(self, probe: np.ndarray) -> np.ndarray:
+        ids = torch.from_numpy(probe).long().to(self.device)
+        logits = self.policy(input_ids=ids[None, :-1], use_cache=False).logits[0]
+        logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[1:, None])
+        return logprobs[:, 0].cpu().numpy()
+
+    # -- state --------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write everything that a resumed learner needs below `folder`."""
+        save_module(self.policy, folder / "policy.safetensors")
+        save_module(self.critic, folder / "critic.safetensors")
+        save_optimizer(self.policy_optimizer, folder / "policy_optimizer.safetensors")
+        save_optimizer(self.critic_optimizer, folder / "critic_optimizer.safetensors")
+        state = {
+            "step": self.step,
+            "version": self.version,
+            "kl_coef": self.kl.coef,
+            "skips": self.skips,
+            "skips_in_a_row": self.skips_in_a_row,
+            "seed": self.spec.seed,
+        }
+        (folder / "learner.json").write_text(json.dumps(state, indent=1))
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote. Raises StateMismatch where it is of another model."""
+        load_module(self.policy, folder / "policy.safetensors")
+        load_module(self.critic, folder / "critic.safetensors")
+        load_optimizer(self.policy_optimizer, folder / "policy_optimizer.safetensors")
+        load_optimizer(self.critic_optimizer, folder / "critic_optimizer.safetensors")
+        state = json.loads((folder / "learner.json").read_text())
+        self.step, self.version = state["step"], state["version"]
+        self.skips, self.skips_in_a_row = state["skips"], state["skips_in_a_row"]
+        if isinstance(self.kl, AdaptiveKL):
+            self.kl.coef = state["kl_coef"]
+
+    def export(self, folder: Path) -> None:
+        """The policy and its tokenizer in Hugging Face format."""
+        save_policy(self.policy, self.tokenizer, folder)
+
+    def close(self) -> None:
+        self.publisher.close()
+
+
+def _means(reports: Sequence[MinibatchReport], norms: Sequence[float]) -> dict[str, float]:
+    return {
+        "loss/policy": fmean(r.policy_loss for r in reports),
+        "value/loss": fmean(r.value_loss for r in reports),
+        "ppo/clip_fraction": fmean(r.clip_fraction for r in reports),
+        "ppo/approx_kl": fmean(r.approx_kl for r in reports),
+        "value/clip_fraction": fmean(r.value_clip_fraction for r in reports),
+        "grad/norm": fmean(norms),
+    }
+
+
+class LocalLearner:
+    """The `Learner` role in one process: each call runs on a thread of its own."""
+
+    def __init__(self, learner: PPOLearner) -> None:
+        self.learner = learner
+
+    async def learn(self, payloads: Sequence[Any]) -> StepReport:
+        return await asyncio.to_thread(self.learner.learn, payloads)
+
+    async def publish(self) -> Weights:
+        return await asyncio.to_thread(self.learner.publish)
+
+    async def save(self, folder: Path) -> None:
+        await asyncio.to_thread(self.learner.save, folder)
+
+    async def load(self, folder: Path) -> None:
+        await asyncio.to_thread(self.learner.load, folder)
+
+    async def export(self, folder: Path) -> None:
+        await asyncio.to_thread(self.learner.export, folder)
+
+    async def close(self) -> None:
+        self.learner.close()

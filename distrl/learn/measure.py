@@ -1,0 +1,38 @@
+"""What a batch says before anything is learnt from it: leash, critic, off-policyness."""
+
+from __future__ import annotations
+
+import torch
+
+from distrl.algo import effective_sample_size, explained_variance, kl_estimate, masked_mean
+from distrl.learn.experience import Experience
+from distrl.learn.ppo import Prepared
+
+
+@torch.no_grad()
+def measure(batch: Experience, prepared: Prepared, version: int) -> dict[str, float]:
+    """Metrics of a batch at the learner's `version`, all finite.
+
+    `kl/ref` is nats a response: the sum over its tokens of log pi - log pi_ref (k1).
+    Ages are of tokens. `mismatch/lag0_abs_mean` is over tokens of age 0: there engine and
+    learner hold the same weights, so any gap is numerical. No such token: no such metric.
+    """
+    mask = batch.mask_BT
+    kl_B = (kl_estimate(prepared.proximal, prepared.reference, "k1") * mask).sum(1)
+    ages = (version - batch.versions_BT)[mask]
+    metrics = {
+        "kl/ref": kl_B.mean().item(),
+        "ppo/entropy": masked_mean(prepared.entropy, mask).item(),
+        "ppo/ess": effective_sample_size(prepared.weights, mask).item(),
+        "value/explained_variance": explained_variance(
+            prepared.values, prepared.returns, mask
+        ).item(),
+        "value/mean": masked_mean(prepared.values, mask).item(),
+        "staleness/max": float(ages.max()),
+        "staleness/mean": ages.float().mean().item(),
+    }
+    fresh = mask & (batch.versions_BT == version)
+    if fresh.any():
+        gap = (prepared.proximal - batch.behaviour_BT).abs()
+        metrics["mismatch/lag0_abs_mean"] = masked_mean(gap, fresh).item()
+    return metrics

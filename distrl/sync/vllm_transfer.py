@@ -1,0 +1,68 @@
+"""Weights in shared memory: the engine's half, run inside vLLM's worker processes.
+
+vLLM drives a weight update as start, one or more chunks, finish. This class gives
+that protocol a transport of ours: the one chunk names a safetensors image in shared
+memory (see `distrl.sync.memory`), which is mapped, checked and loaded in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+
+@dataclass
+class NoInitInfo(WeightTransferInitInfo):
+    """Shared memory needs no rendezvous."""
+
+
+@dataclass
+class SharedMemoryUpdate(WeightTransferUpdateInfo):
+    """Where one version lies, and how many bytes it must hold."""
+
+    path: str
+    nbytes: int
+
+
+class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate]):
+    """Loads checkpoint-format weights from a shared-memory image into the model."""
+
+    init_info_cls = NoInitInfo
+    update_info_cls = SharedMemoryUpdate
+
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None: ...
+
+    def start_weight_update(self) -> None:
+        """Bring the layers back to the shape of a checkpoint.
+
+        After loading, an engine packs weights for its kernels and frees the originals.
+        """
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        """Pack the layers for the kernels again, now with the new weights."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+        """Map the image and hand it to the model's own loader, tensor by tensor.
+
+        Raises ValueError where the image is not as large as was announced.
+        """
+        with safe_open(update_info.path, framework="pt", device=str(self.device)) as image:
+            tensors = [(name, image.get_tensor(name)) for name in image.keys()]  # noqa: SIM118
+            nbytes = sum(t.numel() * t.element_size() for _, t in tensors)
+            if nbytes != update_info.nbytes:
+                raise ValueError(f"{nbytes} bytes of weights where {update_info.nbytes} were sent")
+            self.model.load_weights(iter(tensors))
+
+    def shutdown(self) -> None: ...
