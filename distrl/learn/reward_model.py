@@ -1,0 +1,240 @@
+"""A reward model from human ratings: InstructGPT's ranking loss, then a measured scale.
+
+1. The policy's body with a fresh scalar head (models/heads.py), read at the last token.
+2. All responses of a group go through it once; all their pairs make one element of the
+   batch (Ouyang et al. 2022, section 3.5), so that no response is seen K-1 times an epoch.
+3. Held out: accuracy by how far apart people rated a pair, and calibration.
+4. Samples of the policy itself fix gain and bias: mean 0 and deviation 1 before RL begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distrl.algo import normalisation, pairwise_loss
+from distrl.config import Config, RewardModelConfig
+from distrl.data.batching import pad_right, token_budget_batches
+from distrl.data.rows import Messages
+from distrl.data.sources import Comparison, load_comparisons, load_prompts
+from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
+from distrl.learn.loop import Loss, OnStep, train
+from distrl.learn.report import write_report
+from distrl.learn.reward_report import Agreement, agreement, plot_agreement
+from distrl.models import ScalarModel, best_device, load_policy, reward_input, sample
+from distrl.records import Float32s, Int32s
+
+FORWARD_TOKENS = 1024
+EVALUATION_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardReport:
+    """What a reward-model run came to.
+
+    Attributes:
+        train_loss: nats a group, mean over the last epoch.
+        held_out: agreement with people's order on held-out pairs (reward_report.py).
+        gain, bias: the scale; score = gain * raw + bias.
+        reference_samples: policy samples that the scale was measured on.
+        examples: responses trained on; `truncated` of all rows were cut at max_tokens.
+    """
+
+    steps: int
+    skipped: int
+    train_loss: float
+    held_out: Agreement
+    gain: float
+    bias: float
+    reference_samples: int
+    examples: int
+    truncated: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Responses to one prompt: K rows of tokens and K human ratings, larger is better."""
+
+    prompt: str | Messages
+    ids: tuple[Int32s, ...]
+    ratings_K: Float32s
+
+
+def run_reward_model(
+    config: Config, policy: Path, out: Path, on_step: OnStep = lambda *_: None
+) -> RewardReport:
+    """Train a reward model from the policy in folder `policy` on human comparisons.
+
+    Writes `out/model`, `out/report.json` and `out/calibration.png`. Raises ModelError,
+    TrainingFailed, ValueError where the held-out rows give no pair, or what the data room
+    raises for rows that it cannot read.
+    """
+    start = time.perf_counter()
+    settings, seed = config.reward_model, config.run.seed
+    tokenizer = load_tokenizer(policy)
+    language_model = load_policy(policy, tokenizer=tokenizer)
+    model = ScalarModel.from_policy(language_model, seed).to(best_device())
+    groups, cut = _groups(config, "train", tokenizer, settings.max_examples)
+    held_out, cut_held_out = _groups(config, "validation", tokenizer, None)
+    trained = train(
+        model,
+        lambda epoch: batches(groups, settings.groups_per_step, seed + epoch),
+        lambda module, batch: group_loss(module, batch, settings),
+        epochs=settings.epochs,
+        lr=settings.lr,
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+        on_step=on_step,
+    )
+    quality = judge(model, held_out, seed)
+    samples = reference_samples(config, language_model.to(best_device()), tokenizer)
+    gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
+    model.normalise(float(gain), float(bias))
+    report = RewardReport(
+        steps=trained.steps,
+        skipped=trained.skipped,
+        train_loss=trained.loss,
+        held_out=quality,
+        gain=float(gain),
+        bias=float(bias),
+        reference_samples=len(samples),
+        examples=sum(len(group.ids) for group in groups),
+        truncated=cut + cut_held_out,
+        seconds=time.perf_counter() - start,
+    )
+    meta = {
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "held_out": dataclasses.asdict(quality),
+    }
+    model.save(out / "model", tokenizer, meta)
+    plot_agreement(quality, out / "calibration.png")
+    write_report(report, out)
+    return report
+
+
+def _groups(
+    config: Config, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> tuple[list[Group], int]:
+    settings = config.reward_model
+    rows = load_comparisons(
+        config.data, split, group=settings.group, seed=config.run.seed, limit=limit
+    )
+    return encode(rows, tokenizer, settings.max_tokens)
+
+
+def encode(
+    rows: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Group], int]:
+    """A group for each comparison, and how many responses were cut at `max_tokens`.
+
+    A cut response keeps its first max_tokens - 1 tokens and ends in the end-of-sequence
+    token like the others: the last token is where scores are read.
+    """
+    eos, cut, groups = int(tokenizer.eos_token_id), 0, []
+    for row in rows:
+        ids = []
+        for response in row.responses:
+            whole, _ = encode_example(tokenizer, row.prompt, response, max_tokens)
+            cut += int(whole[-1]) != eos
+            kept = whole if int(whole[-1]) == eos else whole[: max_tokens - 1]
+            ids.append(reward_input(np.asarray(kept, np.int32), eos))
+        ratings_K = np.asarray(row.ratings, dtype=np.float32)
+        groups.append(Group(prompt=row.prompt, ids=tuple(ids), ratings_K=ratings_K))
+    return groups, cut
+
+
+def batches(groups: Sequence[Group], size: int, seed: int) -> list[list[Group]]:
+    """All groups once, in an order by seed, `size` at a time."""
+    order = np.random.default_rng(seed).permutation(len(groups))
+    shuffled = [groups[i] for i in order]
+    return [shuffled[at : at + size] for at in range(0, len(shuffled), size)]
+
+
+def group_loss(module: nn.Module, batch: Sequence[Group], settings: RewardModelConfig) -> Loss:
+    """The mean over groups of each group's mean pairwise loss; a group without a pair is left out.
+
+    A pair is two responses rated at least `min_gap` apart (never equal). The better one should
+    lead by `margin` for each point of rating between them (Llama 2's margin, made continuous).
+    """
+    scores = forward_rows(module, [ids for group in batch for ids in group.ids], FORWARD_TOKENS)
+    losses, right, pairs = [], 0, 0
+    for group, scores_K in zip(batch, scores.split([len(g.ids) for g in batch]), strict=True):
+        better, worse, gap = pairs_of(group.ratings_K, settings.min_gap)
+        if not len(gap):
+            continue
+        margin = settings.margin * torch.as_tensor(gap, device=scores.device)
+        losses.append(pairwise_loss(scores_K[better], scores_K[worse], margin))
+        right += int((scores_K[better] > scores_K[worse]).sum())
+        pairs += len(gap)
+    mean = torch.stack(losses).mean() if losses else scores.sum() * 0.0
+    return Loss(mean=mean, count=len(losses), metrics={"accuracy": right / max(pairs, 1)})
+
+
+def pairs_of(ratings_K: Float32s, min_gap: float) -> tuple[list[int], list[int], Float32s]:
+    """Places of the better and of the worse response of each pair, and their ratings' gap."""
+    gap_KK = ratings_K[:, None] - ratings_K[None, :]
+    better, worse = np.nonzero((gap_KK > 0) & (gap_KK >= min_gap))
+    return better.tolist(), worse.tolist(), gap_KK[better, worse]
+
+
+def forward_rows(module: nn.Module, rows: Sequence[Int32s], budget: int) -> Tensor:
+    """scores_N in the rows' order, in the graph. Rows of like length go through together: in one
+    padded batch of unequal rows most of the work would be on padding."""
+    device = next(module.parameters()).device
+    lengths = [len(ids) for ids in rows]
+    plan = token_budget_batches(lengths, max(budget, *lengths), seed=0)
+    parts = []
+    for places in plan:
+        ids_BT, lengths_B = pad_right([rows[i] for i in places], 0)
+        ids = torch.as_tensor(ids_BT, dtype=torch.long, device=device)
+        parts.append(module.reward(ids, torch.as_tensor(lengths_B, device=device)))
+    order = torch.as_tensor(np.argsort(np.concatenate(plan)), device=device)
+    return torch.cat(parts)[order]
+
+
+@torch.no_grad()
+def score_rows(model: ScalarModel, rows: Sequence[Int32s]) -> Float32s:
+    """[N] float32 scores of reward inputs, in order."""
+    return forward_rows(model, rows, EVALUATION_TOKENS).cpu().numpy()
+
+
+def judge(model: ScalarModel, groups: Sequence[Group], seed: int) -> Agreement:
+    """How well the model orders held-out responses: each is scored once, and any two responses
+    to the same prompt are a pair, whatever group they came in."""
+    rows = [ids for group in groups for ids in group.ids]
+    prompts = [repr(group.prompt) for group in groups for _ in group.ids]
+    ratings_N = np.concatenate([group.ratings_K for group in groups])
+    return agreement(score_rows(model, rows), ratings_N, prompts, seed)
+
+
+def reference_samples(
+    config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Int32s]:
+    """Reward inputs sampled from the policy as RL will sample them: one response each to
+    `reference_prompts` training prompts drawn by seed."""
+    eos, seed = int(tokenizer.eos_token_id), config.run.seed
+    prompts = load_prompts(config.data, tokenizer, "train")
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    chosen = [prompts[i].token_ids for i in order[: config.reward_model.reference_prompts]]
+    responses = sample(
+        policy,
+        chosen,
+        max_new_tokens=config.generate.max_new_tokens,
+        temperature=config.generate.temperature,
+        eos=eos,
+        seed=seed,
+    )
+    return [
+        reward_input(np.concatenate([prompt, response]), eos)
+        for prompt, response in zip(chosen, responses, strict=True)
+    ]

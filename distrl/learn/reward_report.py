@@ -1,0 +1,167 @@
+"""Does a reward model order responses as people do? Accuracy by margin, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+
+from distrl.algo import expected_calibration_error
+from distrl.records import Float32s
+
+MARGINS = (0.0, 0.5, 1.0, 2.0)
+MAX_PAIRS = 20_000
+RESAMPLES = 500
+CALIBRATION_BINS = 10
+
+Pairs = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure, and the ends of its 95 % interval (percentile bootstrap)."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Agreement with people on held-out pairs.
+
+    Attributes:
+        accuracy: share of pairs ordered as people rated them, for pairs whose mean ratings
+            differ by more than each margin ("0.5" → Estimate); margins without a pair are left out.
+        calibration_error: expected |σ(r_a − r_b) − share preferred|, over all pairs.
+        reliability: (mean probability, share preferred, pairs) for each bin that holds a pair.
+        responses: held-out responses behind the pairs.
+    """
+
+    accuracy: dict[str, Estimate]
+    calibration_error: Estimate
+    reliability: tuple[tuple[float, float, int], ...]
+    responses: int
+
+
+def agreement(raw_N: Float32s, ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Agreement:
+    """Compare raw scores (before gain and bias) with ratings, on pairs with the same prompt.
+
+    At most 20,000 pairs, drawn by seed. Pairs share responses, so the intervals resample what
+    is independent: responses where there is one prompt, prompts where there are several.
+    Raises ValueError where no pair has unequal ratings.
+    """
+    first, second = draw_pairs(ratings_N, prompts, seed).T
+    lead = raw_N[first] - raw_N[second]
+    gap = ratings_N[first] - ratings_N[second]
+    prob = 1 / (1 + np.exp(-lead.astype(np.float64)))
+    preferred = gap > 0
+    right = np.where(preferred, lead > 0, lead < 0)
+    weights = resampled_weights(first, second, len(raw_N), prompts, seed)
+    accuracy = {}
+    for margin in MARGINS:
+        chosen = np.abs(gap) > margin
+        if chosen.any():
+            mean = np.mean
+            accuracy[f"{margin:g}"] = _estimate(mean, (right[chosen],), weights[:, chosen])
+    return Agreement(
+        accuracy=accuracy,
+        calibration_error=_estimate(_calibration_error, (prob, preferred), weights),
+        reliability=reliability(prob, preferred),
+        responses=len(raw_N),
+    )
+
+
+def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
+    """[P, 2] places of two responses to one prompt with unequal ratings, in random order."""
+    by_prompt: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(place)
+    found = []
+    for places in map(np.array, by_prompt.values()):
+        one, other = np.triu_indices(len(places), k=1)
+        found.append(np.stack([places[one], places[other]], axis=1))
+    pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
+    pairs = pairs[ratings_N[pairs[:, 0]] != ratings_N[pairs[:, 1]]]
+    if not len(pairs):
+        raise ValueError("no two held-out responses to one prompt are rated differently")
+    rng = np.random.default_rng(seed)
+    pairs = pairs[rng.permutation(len(pairs))[:MAX_PAIRS]]
+    return rng.permuted(pairs, axis=1)
+
+
+def resampled_weights(
+    first: Pairs, second: Pairs, n: int, prompts: Sequence[str], seed: int
+) -> NDArray[np.int64]:
+    """[R, P]: how often each pair stands in each bootstrap resample.
+
+    A pair of responses i, j stands w_i · w_j times where responses were resampled; a pair
+    within one prompt as often as its prompt.
+    """
+    rng = np.random.default_rng(seed)
+    names = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(names) == 1:
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+        return counts[:, first] * counts[:, second]
+    unit = np.array([names[prompt] for prompt in prompts])
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return counts[:, unit[first]]
+
+
+def _estimate(
+    statistic: Callable[..., float], columns: Sequence[NDArray], weights: NDArray[np.int64]
+) -> Estimate:
+    """The statistic of the columns, and its percentile interval over resamples (empty ones
+    left out)."""
+    again = [
+        float(statistic(*(np.repeat(column, w) for column in columns))) for w in weights if w.any()
+    ]
+    low, high = np.percentile(again, [2.5, 97.5])
+    value = float(statistic(*columns))
+    return Estimate(value=value, low=float(low), high=float(high), pairs=len(columns[0]))
+
+
+def _calibration_error(prob: NDArray, preferred: NDArray) -> float:
+    label = torch.from_numpy(preferred.astype(np.float64))
+    return float(expected_calibration_error(torch.from_numpy(prob), label, CALIBRATION_BINS))
+
+
+def reliability(prob: NDArray, preferred: NDArray) -> tuple[tuple[float, float, int], ...]:
+    """(mean probability, share preferred, pairs) of each bin that is not empty."""
+    bin_of = np.minimum((prob * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    inside = [bin_of == b for b in range(CALIBRATION_BINS)]
+    return tuple(
+        (float(prob[i].mean()), float(preferred[i].mean()), int(i.sum())) for i in inside if i.any()
+    )
+
+
+def plot_agreement(quality: Agreement, path: Path) -> None:
+    """Two panels: accuracy by how far apart people rated a pair, and the reliability diagram."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    margins, estimates = list(quality.accuracy), list(quality.accuracy.values())
+    values = np.array([e.value for e in estimates])
+    ends = np.array([[e.value - e.low, e.high - e.value] for e in estimates]).T.clip(min=0)
+    left.errorbar(margins, values, yerr=ends, fmt="o", capsize=4)
+    left.axhline(0.5, color="grey", linestyle=":", label="chance")
+    left.set(xlabel="human ratings differ by more than", ylabel="accuracy", ylim=(0.4, 1))
+    left.set_title("Held-out pairs ordered as people did")
+    left.legend()
+    mean, share, pairs = zip(*quality.reliability, strict=True)
+    right.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    right.scatter(mean, share, s=10 + 200 * np.array(pairs) / max(pairs))
+    right.set(xlabel="predicted probability", ylabel="share preferred by people")
+    right.set_title(f"Calibration error {quality.calibration_error.value:.3f}")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

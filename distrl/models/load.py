@@ -1,0 +1,132 @@
+"""Policies: a new small Llama, or a Hugging Face checkpoint folder; safetensors both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from distrl.config import ModelConfig
+from distrl.models.folder import replacing
+
+# Progress is the caller's to show; these bars would cut through it at every load and save.
+transformers_logging.disable_progress_bar()
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded or used; the message names the folder and the fix."""
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def new_llama(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> LlamaForCausalLM:
+    """A Llama from nothing, float32, with tied embeddings; the seed alone decides its weights.
+
+    The feed-forward width is 8/3 of the hidden size, rounded up to a multiple of 64, which
+    makes three gated matrices as large as two plain ones of 4x (Shazeer 2020, "GLU Variants
+    Improve Transformer").
+    """
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        intermediate_size=-(-config.hidden * 8 // (3 * 64)) * 64,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama)
+
+
+def load_policy(
+    folder: Path | str,
+    dtype: str | torch.dtype = "float32",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """The causal language model in `folder`, in evaluation mode, on the CPU.
+
+    Local files only, and no code from the checkpoint is run. Raises ModelError where the
+    folder holds no model, or where `tokenizer` (if given) has ids that the model lacks.
+    """
+    folder = checked_folder(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=as_dtype(dtype),
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the policy in {folder}: {error}") from error
+    if tokenizer is not None:
+        check_vocab(model, tokenizer, folder)
+    return model.eval()
+
+
+def save_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
+) -> None:
+    """Write model and tokenizer to `folder` in Hugging Face's layout, safetensors, whole or not at
+    all. Raises ModelError where a weight is not finite: such a policy would sample rubbish."""
+    check_finite(model)
+    with replacing(Path(folder)) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """ "float32", "bfloat16" or "float16" as torch names it."""
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def checked_folder(folder: Path | str) -> Path:
+    """`folder`, if it is one with a config.json; ModelError says what is missing otherwise."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"no model folder {folder}; give a folder on this machine")
+    if not (folder / "config.json").is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"{folder} holds no config.json, so it is not a Hugging Face checkpoint; it holds {there}"
+        )
+    return folder
+
+
+def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """ModelError where the tokenizer can give an id that has no row in the embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} ids but the model in {folder} only {rows}; "
+            "use the tokenizer that was saved with the model"
+        )
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """ModelError that names the first weight holding a NaN or an infinity."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise ModelError(f"weight {name} holds a NaN or an infinity; it is not saved")

@@ -1,0 +1,70 @@
+"""Plain sampling through transformers, for the few samples that need no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from distrl.records import Int32s
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Int32s],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos: int,
+    seed: int,
+    batch: int = 64,
+) -> list[Int32s]:
+    """One response for each prompt, in order: [T] int32, the end-of-sequence token included.
+
+    Pure sampling at `temperature`: whatever cuts (top-k, top-p, penalties) the checkpoint's
+    own generation settings ask for are left out, for the rollouts know none either. The
+    model's training mode is put back.
+    """
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        bos_token_id=model.config.bos_token_id,
+    )
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    out: list[Int32s] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch):
+            ids_BP, mask_BP = _pad_left(prompts[start : start + batch], eos)
+            made = model.generate(
+                ids_BP.to(device), attention_mask=mask_BP.to(device), generation_config=settings
+            )
+            out += [_response(row, eos) for row in made[:, ids_BP.shape[1] :].cpu().numpy()]
+    model.train(training)
+    return out
+
+
+def _pad_left(prompts: Sequence[Int32s], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids in prompts)
+    ids_BP = np.full((len(prompts), width), pad, dtype=np.int64)
+    mask_BP = np.zeros_like(ids_BP)
+    for row, ids in enumerate(prompts):
+        ids_BP[row, width - len(ids) :] = ids
+        mask_BP[row, width - len(ids) :] = 1
+    return torch.from_numpy(ids_BP), torch.from_numpy(mask_BP)
+
+
+def _response(row: np.ndarray, eos: int) -> Int32s:
+    """Up to and with the first end-of-sequence token; what follows it is padding."""
+    ends = np.flatnonzero(row == eos)
+    return row[: ends[0] + 1 if len(ends) else None].astype(np.int32)

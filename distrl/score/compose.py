@@ -1,0 +1,118 @@
+"""The reward of a sample: a weighted sum whose parts are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from distrl.config import ConfigError, RewardPart, ScoreConfig
+from distrl.models import best_device
+from distrl.records import Rollout, Sample, Score, ScoredRollout
+from distrl.roles import ScoreFailed
+from distrl.score.model import ModelReward
+from distrl.score.rules import RuleReward
+
+PENALTY = "missing_eos_penalty"
+
+
+class Reward(Protocol):
+    """One part: numbers for groups, or the failure of each group that got none."""
+
+    name: str
+
+    def scores(self, rollouts: Sequence[Rollout]) -> list[list[float] | ScoreFailed]: ...
+
+
+class RewardSum:
+    """value = Σ weight · part, plus the penalty where the response was cut by length.
+
+    Parts are kept as their rewards gave them, before their weights; the penalty stands
+    among them wherever one is set, as 0 for a response that ended itself.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        weights: Mapping[str, float],
+        missing_eos_penalty: float | None = None,
+    ) -> None:
+        self.rewards = tuple(rewards)
+        self.weights = dict(weights)
+        self.missing_eos_penalty = missing_eos_penalty
+
+    @classmethod
+    def of(cls, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> RewardSum:
+        """The rewards that `config.parts` names, loaded; `tokenizer` is the policy's.
+
+        Raises ConfigError where there is no part, a name stands twice, or a function is not
+        there; ModelError where a folder holds no reward model.
+        """
+        names = [part.name for part in config.parts]
+        if not names:
+            raise ConfigError(
+                "score.parts is empty and no reward model was put in its place; name one, or "
+                "train one with 'distrl reward-model'"
+            )
+        twice = {name for name in names if names.count(name) > 1 or name == PENALTY}
+        if twice:
+            raise ConfigError(f"score.parts: the name {twice.pop()!r} is taken; choose another")
+        weights = {part.name: part.weight for part in config.parts}
+        rewards = [_reward(part, config, tokenizer) for part in config.parts]
+        return cls(rewards, weights, config.missing_eos_penalty)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | ScoreFailed]:
+        """Each group scored, or the first failure among its parts."""
+        by_part = {reward.name: reward.scores(rollouts) for reward in self.rewards}
+        return [
+            self._group(rollout, {name: groups[i] for name, groups in by_part.items()})
+            for i, rollout in enumerate(rollouts)
+        ]
+
+    def _group(
+        self, rollout: Rollout, parts: Mapping[str, list[float] | ScoreFailed]
+    ) -> ScoredRollout | ScoreFailed:
+        numbers: dict[str, list[float]] = {}
+        for name, values in parts.items():
+            if isinstance(values, ScoreFailed):
+                return values
+            numbers[name] = values
+        scores = []
+        for i, sample in enumerate(rollout.samples):
+            mine = {name: values[i] for name, values in numbers.items()}
+            value = sum(self.weights[name] * part for name, part in mine.items())
+            penalty = self._penalty(sample)
+            if not math.isfinite(value + sum(penalty.values())):
+                return ScoreFailed(f"the weighted sum of {mine} is not finite")
+            scores.append(Score(value=value + sum(penalty.values()), parts={**mine, **penalty}))
+        return ScoredRollout(rollout=rollout, scores=tuple(scores))
+
+    def _penalty(self, sample: Sample) -> dict[str, float]:
+        if self.missing_eos_penalty is None:
+            return {}
+        return {PENALTY: self.missing_eos_penalty if sample.finish_reason == "length" else 0.0}
+
+
+def with_default_part(config: ScoreConfig, reward_model: Path) -> ScoreConfig:
+    """`config` as it is where it names parts, else with the run's own reward model as the one
+    part, called "reward_model"."""
+    if config.parts:
+        return config
+    part = RewardPart(name="reward_model", model=str(reward_model))
+    return config.model_copy(update={"parts": (part,)})
+
+
+def _reward(part: RewardPart, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> Reward:
+    if part.function is not None:
+        return RuleReward(part.name, part.function)
+    assert part.model is not None  # RewardPart's own check
+    return ModelReward(
+        part.name,
+        part.model,
+        tokenizer,
+        batch_tokens=config.batch_tokens,
+        device=best_device() if config.gpus else "cpu",
+    )

@@ -1,0 +1,108 @@
+"""Rewards by a trained reward model, batched across groups."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from distrl.data.batching import pad_right, token_budget_batches
+from distrl.data.rows import Messages
+from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from distrl.models import ScalarModel, reward_input
+from distrl.records import Float32s, Int32s, Rollout
+from distrl.roles import ScoreFailed
+
+log = logging.getLogger(__name__)
+
+
+class ModelReward:
+    """Normalised scores of a reward model.
+
+    Token ids go from the engine to the model as they are. Only where the model was trained
+    with another tokenizer than the policy's is text encoded again, with its own tokenizer;
+    `re_encodes` tells, and the log says so once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path | str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        """Load the model in `folder`. `tokenizer` is the policy's; a forward pass holds at most
+        `batch_tokens` padded tokens (a longer sequence goes alone). Raises ModelError."""
+        self.name = name
+        self.model = ScalarModel.load(folder, dtype).to(device)
+        self.batch_tokens = batch_tokens
+        own = load_tokenizer(folder)
+        self.re_encodes = tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)
+        self._policy_tokenizer, self._tokenizer = tokenizer, own
+        self._eos = int(own.eos_token_id)
+        if self.re_encodes:
+            log.warning(
+                "reward model %s has another tokenizer than the policy: it reads text, encoded "
+                "again, and not the policy's own tokens",
+                folder,
+            )
+
+    def scores(self, rollouts: Sequence[Rollout]) -> list[list[float] | ScoreFailed]:
+        """For each group a score a sample, or why there is none. All samples of all groups
+        share forward passes; a failing pass fails every group in the call."""
+        try:
+            values = self.score_ids([ids for r in rollouts for ids in self._sequences(r)])
+        except (RuntimeError, ValueError, IndexError) as error:
+            cause = f"reward {self.name!r}: {type(error).__name__}: {error}"
+            return [ScoreFailed(cause) for _ in rollouts]
+        rest = iter(values.tolist())
+        return [self._checked(r, list(islice(rest, len(r.samples)))) for r in rollouts]
+
+    @torch.no_grad()
+    def score_ids(self, sequences: Sequence[Int32s]) -> Float32s:
+        """[N] float32 scores of whole sequences (prompt and response) in this model's own tokens.
+
+        Raises ValueError for a sequence beyond the model's context.
+        """
+        rows = [reward_input(ids, self._eos, self.model.context) for ids in sequences]
+        scores_N = np.empty(len(rows), dtype=np.float32)
+        device = self.model.head.weight.device
+        lengths = [len(ids) for ids in rows]
+        budget = max(self.batch_tokens, *lengths, 0)
+        for places in token_budget_batches(lengths, budget, seed=0):
+            ids_BT, lengths_B = pad_right([rows[i] for i in places], 0)
+            ids = torch.as_tensor(ids_BT, dtype=torch.long, device=device)
+            read = torch.as_tensor(lengths_B, device=device)
+            scores_N[places] = self.model.reward(ids, read).float().cpu().numpy()
+        return scores_N
+
+    def score_texts(self, texts: Sequence[tuple[str | Messages, str]]) -> Float32s:
+        """[N] float32 scores of (prompt, response) texts, encoded by this model's tokenizer."""
+        return self.score_ids([self._encode(prompt, response) for prompt, response in texts])
+
+    def _sequences(self, rollout: Rollout) -> list[Int32s]:
+        prompt = rollout.prompt
+        if self.re_encodes:
+            source = prompt.meta.get("messages", prompt.text)
+            return [self._encode(source, sample.text) for sample in rollout.samples]
+        return [np.concatenate([prompt.token_ids, s.token_ids]) for s in rollout.samples]
+
+    def _encode(self, prompt: str | Messages, response: str) -> Int32s:
+        limit = self.model.context or self._tokenizer.model_max_length
+        ids, _ = encode_example(self._tokenizer, prompt, response, limit)
+        return np.asarray(ids, dtype=np.int32)
+
+    def _checked(self, rollout: Rollout, values: list[float]) -> list[float] | ScoreFailed:
+        if np.isfinite(values).all():
+            return values
+        return ScoreFailed(
+            f"reward {self.name!r} gave {values} for prompt {rollout.prompt.prompt_id!r}: not finite"
+        )

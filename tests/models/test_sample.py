@@ -1,0 +1,54 @@
+"""Plain sampling: prompts of unequal length, ends at the end-of-sequence token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distrl.config import ModelConfig
+from distrl.data.tokenizer import train_tokenizer
+from distrl.models import new_llama, sample
+
+PROMPTS = [np.array(ids, np.int32) for ids in ([0], [0, 40, 41, 42, 43], [0, 50, 60])]
+
+# So cold that the favourite token always wins: runs can be compared.
+COLD = 1e-6
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = train_tokenizer(["a good film"], 300, 32)
+    config = ModelConfig(hidden=64, layers=2, heads=2, vocab=300, context=32)
+    return new_llama(config, tokenizer, 0)
+
+
+def draw(model, prompts=PROMPTS, **settings):
+    asked = {"max_new_tokens": 12, "temperature": 1.0, "eos": 1, "seed": 0, **settings}
+    return [ids.tolist() for ids in sample(model, prompts, **asked)]
+
+
+def test_a_prompt_s_neighbours_do_not_matter(model):
+    together = draw(model, temperature=COLD)
+    alone = [draw(model, [prompt], temperature=COLD)[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_the_first_end_of_sequence_token_ends_a_response(model):
+    free = draw(model, temperature=COLD, eos=266)
+    eos = free[1][4]
+    for whole, cut in zip(free, draw(model, temperature=COLD, eos=eos), strict=True):
+        ends = whole.index(eos) + 1 if eos in whole else len(whole)
+        assert cut == whole[:ends]
+
+
+def test_the_seed_decides_and_the_caller_s_random_state_is_left_alone(model):
+    state = torch.get_rng_state()
+    assert draw(model, seed=3) == draw(model, seed=3) != draw(model, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_training_mode_is_put_back(model):
+    model.train()
+    draw(model)
+    assert model.training
