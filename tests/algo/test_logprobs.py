@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Categorical
+
+from distrl.algo import token_logprobs
+
+
+def sample(B=3, T=5, V=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, T, V, generator=generator) * 2
+    return logits, torch.randint(V, (B, T), generator=generator)
+
+
+def test_known_answers(vectors, close):
+    entry = vectors["temperature_logprob"]
+    logits = torch.tensor(entry["inputs"]["logits"]).expand(1, 3, 3)
+    logprobs, _ = token_logprobs(logits, torch.tensor([[0, 1, 2]]), entry["inputs"]["temperature"])
+    close(logprobs[0], entry["expected"]["logprob"])
+
+    entry = vectors["ppo_total_loss"]
+    logits = torch.tensor([entry["inputs"]["logits"]])
+    _, entropy = token_logprobs(logits, torch.zeros(1, 3, dtype=torch.long))
+    close(entropy[0], entry["expected"]["entropy"])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 7, 15, 512])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_every_chunk_agrees_with_autograd_through_a_categorical(chunk, temperature, close):
+    logits, tokens = sample()
+    weights = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+
+    plain = logits.clone().requires_grad_()
+    softmax = Categorical(logits=plain / temperature)
+    wanted = softmax.log_prob(tokens), softmax.entropy()
+    (weights[0] * wanted[0] + weights[1] * wanted[1]).sum().backward()
+
+    ours = logits.clone().requires_grad_()
+    got = token_logprobs(ours, tokens, temperature, chunk=chunk)
+    (weights[0] * got[0] + weights[1] * got[1]).sum().backward()
+
+    close(got[0], wanted[0])
+    close(got[1], wanted[1])
+    close(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradient_by_finite_differences(output):
+    logits, tokens = sample(2, 3, 5)
+    assert torch.autograd.gradcheck(
+        lambda z: token_logprobs(z, tokens, 0.8, chunk=2)[output], logits.requires_grad_()
+    )
+
+
+def test_entropy_can_be_skipped(close):
+    logits, tokens = sample()
+    logprobs, entropy = token_logprobs(logits.requires_grad_(), tokens, with_entropy=False)
+    close(logprobs, token_logprobs(logits, tokens)[0])
+    assert logprobs.requires_grad and not entropy.requires_grad
+    assert torch.equal(entropy, torch.zeros(3, 5))
+    logprobs.sum().backward()
+
+
+def test_nothing_of_the_logits_size_is_kept_but_the_logits():
+    """Also for a slice along T, which a flattening reshape would copy."""
+    logits, tokens = sample()
+    window = logits.requires_grad_()[:, 1:4]
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        token_logprobs(window, tokens[:, 1:4], chunk=4)
+    large = [x for x in kept if x.numel() >= window.numel()]
+    assert [x.data_ptr() for x in large] == [window.data_ptr()]
+
+
+def test_blocks_are_no_larger_than_chunk(monkeypatch):
+    sizes: list[int] = []
+    plain = torch.Tensor.logsumexp
+    monkeypatch.setattr(
+        torch.Tensor, "logsumexp", lambda x, dim: sizes.append(x[..., 0].numel()) or plain(x, dim)
+    )
+    logits, tokens = sample(7, 9, 4)
+    token_logprobs(logits, tokens, chunk=5)
+    assert max(sizes) <= 5 and sum(sizes) == 63
+
+
+def test_words_that_cannot_be_sampled_add_nothing_to_the_entropy(close):
+    logits, _ = sample(1, 2, 4)
+    banned = torch.cat([logits, torch.full((1, 2, 3), -torch.inf)], -1).requires_grad_()
+    tokens = torch.tensor([[0, 1]])
+    got = token_logprobs(banned, tokens)
+    for ours, wanted in zip(got, token_logprobs(logits, tokens), strict=True):
+        close(ours, wanted)
+    (got[0] + got[1]).sum().backward()
+    assert banned.grad is not None and banned.grad.isfinite().all()
+
+
+def test_half_precision_logits_give_float32_answers():
+    logits, tokens = sample()
+    half = logits.bfloat16().requires_grad_()
+    logprobs, entropy = token_logprobs(half, tokens)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    exact, _ = token_logprobs(half.detach().double(), tokens)
+    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-5)
+    logprobs.sum().backward()
+    assert half.grad is not None and half.grad.dtype == torch.bfloat16
+
+
+def test_no_tokens():
+    logprobs, entropy = token_logprobs(torch.zeros(0, 4, 3), torch.zeros(0, 4))
+    assert logprobs.shape == entropy.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ((3, 4), {}, r"tokens_BT \(3, 4\) and logits_BTV \(3, 5, 11\) differ in axis T"),
+        ((15,), {}, r"tokens_BT needs the 2 axes BT, got \(15,\)"),
+        ((3, 5), {"temperature": 0.0}, "temperature must be positive"),
+        ((3, 5), {"chunk": 0}, "chunk"),
+    ],
+)
+def test_refusals(tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(torch.zeros(3, 5, 11), torch.zeros(tokens, dtype=torch.long), **options)
