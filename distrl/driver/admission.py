@@ -1,0 +1,125 @@
+"""Admission: how many groups may be under way, from which the staleness bound follows.
+
+Let B be the groups of a learner step and s the bound (`driver.max_staleness`). There are
+
+    S = (s + 1) · B    slots.
+
+A slot is taken when a prompt is admitted. It is freed when its group was consumed *and* every
+generator that may be given work holds the weights that came of it, or when it was dropped.
+
+**Claim.** Every token of every group is at most s versions older than the learner when the
+learner takes its gradient.
+
+Notation. Steps count from 0; u_k is the learner's version when step k begins. A step adds 1 to the
+version, or 0 where it was skipped for a non-finite gradient: 0 ≤ u_{j+1} − u_j ≤ 1. The place p(g)
+of a group counts the groups consumed before it; step k consumes the places kB … (k+1)B − 1.
+
+What is given:
+
+1. Groups are consumed in strict order of issue; dropped ones are passed over (`buffer.py`).
+2. The slots of step j are freed after those of every earlier step, and only once every generator
+   that may be given work holds u_{j+1} or newer (`driver.py`, `generators.py`). A skipped step has
+   u_{j+1} = u_j, which they hold already: its slots are freed at once.
+3. Work goes only to generators that hold the weights of which 2 speaks, and what a generator
+   holds only becomes newer; a retried group is sampled anew, hence later (`generators.py`).
+
+Proof. Let g be consumed in step k, and let m steps have freed their slots when g was admitted.
+By 2 and 3 every token of g was sampled by a version ≥ u_m. If k < m, g would have been consumed
+before it was admitted; so k ≥ m. By 1 the groups at the places mB … p(g) − 1 were issued before g;
+at the admission of g they hold slots, for they are never dropped and their steps (≥ m) have not
+freed theirs. With g itself that makes p(g) − mB + 1 slots, so
+
+    p(g) − mB + 1 ≤ S = (s + 1)B    hence    p(g) < (m + s + 1)B    hence    k ≤ m + s.
+
+At the gradient the learner's version is u_k, so a token's age is at most
+
+    u_k − u_m ≤ k − m ≤ s.                                                                     ∎
+
+A drop hurts nowhere: a dropped group has no place, and its slot may go to a later prompt.
+With s = 0 it says that B prompts are sampled, learned from, and only then the next B: lockstep.
+
+**No deadlock.** The learner waits only for groups, never for slots, and while it waits no consumed
+group holds a slot. If fewer than B groups are in flight or buffered, a slot is free and the byte
+bound does not apply (`OrderedBuffer.room`): more are admitted. If B or more are, they are the next
+ones in order, and each lands or is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from distrl.driver.errors import DriverError
+
+
+class Admission:
+    """Counts slots, and lets the feed loop wait for one.
+
+    Attributes:
+        capacity: S, the number of slots.
+        taken: slots of groups in flight, in the buffer, or consumed by an unfinished step.
+        in_flight: groups admitted that neither landed nor were dropped.
+        wanted: groups that the run still has to admit; a drop adds one.
+    """
+
+    def __init__(
+        self, *, prompts_per_step: int, max_staleness: int, wanted: int, room: Callable[[int], bool]
+    ) -> None:
+        """`room(in_flight)` says whether the buffer has room for one more group."""
+        self.capacity = (max_staleness + 1) * prompts_per_step
+        self.taken = 0
+        self.in_flight = 0
+        self.wanted = wanted
+        self._room = room
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    async def admit(self) -> int:
+        """Wait until at least one prompt may be admitted; take the slots of all that may."""
+        while not self._may_admit():
+            self._changed.clear()
+            await self._changed.wait()
+        count = 0
+        while self._may_admit():
+            self.taken += 1
+            self.in_flight += 1
+            self.wanted -= 1
+            count += 1
+        return count
+
+    def landed(self) -> None:
+        """A group reached the buffer. It keeps its slot."""
+        self.in_flight -= 1
+        self.recheck()
+
+    def dropped(self) -> None:
+        """A group was given up: its slot is free, and one more prompt is wanted."""
+        self.in_flight -= 1
+        self.wanted += 1
+        self._free(1)
+
+    def released(self, groups: int) -> None:
+        """Consumed groups, and the generators hold what came of them."""
+        self._free(groups)
+
+    def recheck(self) -> None:
+        """The buffer's room may have changed."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Admit nothing more."""
+        self._closed = True
+
+    def _may_admit(self) -> bool:
+        return (
+            not self._closed
+            and self.wanted > 0
+            and self.taken < self.capacity
+            and self._room(self.in_flight)
+        )
+
+    def _free(self, slots: int) -> None:
+        self.taken -= slots
+        if self.taken < self.in_flight:
+            raise DriverError(f"{slots} slots freed that nobody held: a group was counted twice")
+        self.recheck()
