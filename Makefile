@@ -18,7 +18,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.distrl-setup
 # A virtual environment stays what it was made as, until EXTRA says otherwise.
 EXTRA ?= $(firstword $(shell cat $(STAMP) 2>/dev/null) cpu)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Errors are shown; pip's progress and warnings (of sources it does not find, say) are not.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 demo: setup
 	@$(BIN)/distrl demo
