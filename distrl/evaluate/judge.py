@@ -1,0 +1,56 @@
+"""Independent judges: a number for a text, from something that training never saw."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from functools import cache
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from distrl.config import ConfigError
+
+Judge = Callable[[str], float]
+
+
+class JudgeFailed(Exception):
+    """A judge raised, or answered something that is not a finite number."""
+
+
+def vader_compound(text: str) -> float:
+    """Sentiment of `text` from -1 to 1, by VADER's lexicon and rules (Hutto & Gilbert 2014)."""
+    return float(_vader().polarity_scores(text)["compound"])
+
+
+@cache
+def _vader() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()  # reads its lexicon from disk: 50 ms
+
+
+def resolve_judge(path: str) -> Judge:
+    """The judge that 'module:function' names, its answers checked.
+
+    Raises ConfigError where there is none; the judge itself raises JudgeFailed, never
+    a number in place of a failure.
+    """
+    module_name, _, name = path.partition(":")
+    if not (module_name and name):
+        raise ConfigError(f"evaluate.judge={path!r} is not of the form module:function")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"evaluate.judge={path!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"evaluate.judge={path!r} is not a function")
+
+    def judge(text: str) -> float:
+        try:
+            value = float(function(text))  # pyright: ignore[reportArgumentType]
+        except Exception as error:  # a user's function may raise anything
+            raise JudgeFailed(f"{path} raised {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise JudgeFailed(f"{path} answered {value} for {text[:80]!r}")
+        return value
+
+    return judge

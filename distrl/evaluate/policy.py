@@ -1,0 +1,133 @@
+"""One policy on held-out prompts: samples, their scores, their KL to the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distrl.evaluate.judge import Judge
+from distrl.evaluate.kl import response_kl
+from distrl.evaluate.stats import Floats
+from distrl.records import FinishReason, Parcel, Prompt, Score, ScoredRollout
+from distrl.roles import Generator, Scorer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRow:
+    """One response.
+
+    Attributes:
+        sample: its place among the samples of its prompt.
+        reward: score by the run's reward, before the KL price.
+        parts: the breakdown of `reward`.
+        kl: log pi - log pi_ref summed over the response (nats); may be negative.
+        length: response tokens.
+        judge: the judge's number for prompt + response; None without a judge.
+    """
+
+    prompt_id: str
+    sample: int
+    prompt: str
+    response: str
+    reward: float
+    parts: dict[str, float]
+    kl: float
+    length: int
+    judge: float | None
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyEvaluation:
+    """The responses of one policy, N to a prompt, prompt by prompt in the order given."""
+
+    name: str
+    samples_per_prompt: int
+    rows: tuple[EvaluationRow, ...]
+
+    def column(self, name: str) -> Floats:
+        """values_PN of a numeric field."""
+        values = np.array([getattr(row, name) for row in self.rows], dtype=np.float64)
+        return values.reshape(-1, self.samples_per_prompt)
+
+    @property
+    def has_judge(self) -> bool:
+        return self.rows[0].judge is not None
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """Identities of the prompts, in order."""
+        return [row.prompt_id for row in self.rows[:: self.samples_per_prompt]]
+
+
+async def evaluate_policy(
+    name: str,
+    policy: Path,
+    reference: Path,
+    generator: Generator,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    judge: Judge | None,
+    temperature: float,
+    batch_tokens: int = 8192,
+) -> PolicyEvaluation:
+    """Sample, score and measure a policy on `prompts`.
+
+    `generator` has to hold the weights of the checkpoint `policy` already: the caller loads
+    them, so one engine serves several policies. `reference` is the checkpoint that KL is
+    measured to. A payload may be the record itself or an awaitable of it (a reference to
+    it on a cluster).
+
+    A prompt that cannot be generated or scored raises (RoleError): an evaluation with holes
+    would compare different prompts. Raises ValueError on an empty list of prompts.
+    """
+    if not prompts:
+        raise ValueError("no prompts to evaluate on")
+    scored = await asyncio.gather(*(_scored(generator, scorer, prompt) for prompt in prompts))
+    kl_PN = await asyncio.to_thread(
+        response_kl,
+        [group.rollout for group in scored],
+        policy,
+        reference,
+        temperature=temperature,
+        batch_tokens=batch_tokens,
+    )
+    rows = tuple(
+        _row(group, sample, float(kl_PN[place, sample]), judge)
+        for place, group in enumerate(scored)
+        for sample in range(kl_PN.shape[1])
+    )
+    return PolicyEvaluation(name=name, samples_per_prompt=kl_PN.shape[1], rows=rows)
+
+
+async def _scored(generator: Generator, scorer: Scorer, prompt: Prompt) -> ScoredRollout:
+    parcel = await scorer.score(await generator.generate(prompt))
+    return await _payload(parcel)
+
+
+async def _payload(parcel: Parcel[Any]) -> Any:
+    return await parcel.payload if inspect.isawaitable(parcel.payload) else parcel.payload
+
+
+def _row(group: ScoredRollout, place: int, kl: float, judge: Judge | None) -> EvaluationRow:
+    prompt, sample = group.rollout.prompt, group.rollout.samples[place]
+    score: Score = group.scores[place]
+    return EvaluationRow(
+        prompt_id=prompt.prompt_id,
+        sample=place,
+        prompt=prompt.text,
+        response=sample.text,
+        reward=score.value,
+        parts=dict(score.parts),
+        kl=kl,
+        length=len(sample.token_ids),
+        judge=None if judge is None else judge(prompt.text + sample.text),
+        finish_reason=sample.finish_reason,
+    )
