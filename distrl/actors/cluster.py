@@ -18,6 +18,15 @@ from distrl.config import Config
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local clusters: rollouts are small and short-lived."""
 
+QUIET_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # An engine's shared memory is freed by the resource tracker that Python starts beside an
+    # actor; Ray would kill it together with the actor. Engines see to their own end.
+    "RAY_kill_child_processes_on_worker_exit": "0",
+}
+"""Ray's settings for a local cluster, unless the environment has its own."""
+
 
 class PlacementError(Exception):
     """The cluster cannot hold a role; the message says what is missing and where."""
@@ -55,8 +64,7 @@ def connected(config: Config) -> Iterator[None]:
     A local cluster is given as many logical CPUs as the roles ask for: on a laptop they
     share the real cores. It ends with the block, and with this process.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ |= QUIET_RAY | {k: v for k, v in os.environ.items() if k in QUIET_RAY}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.cluster.address is not None:
         try:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SHUTDOWN_S = 5.0
+"""The engine's processes get this long to end of themselves and free their shared memory."""
+
 
 class Gate:
     """Collects the prompts of one lockstep batch."""
@@ -100,7 +103,7 @@ class VLLMGenerator:
             ) from None
         except IncompleteOutput as error:
             raise RoleError(f"{self.name}: {error}") from error
-        return to_rollout(output, prompt, self.name, self.tokenizer)
+        return to_rollout(output, prompt, self.name, self._decode)
 
     async def _enqueue(self, prompt: Prompt) -> RequestOutputCollector:
         gate = self._gate
@@ -171,6 +174,9 @@ class VLLMGenerator:
             return await call
         except EngineDeadError as error:
             raise WorkerDied(f"{self.name}: the engine died: {error}") from error
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     # -- weights ------------------------------------------------------------------
 
@@ -252,7 +258,7 @@ class VLLMGenerator:
         """Stop the engine and its processes. May be called twice."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.shutdown()
+            await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
 
 
 async def _next(collector: RequestOutputCollector) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,26 +10,24 @@ import numpy as np
 from distrl.records import Prompt, Rollout, Sample, VersionSpan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
+
+Decode = Callable[[list[list[int]]], list[str]]
+"""Token ids of several responses to their texts, special tokens left out."""
 
 
 class IncompleteOutput(Exception):
     """The engine ended a request without a proper response (an abort, no tokens)."""
 
 
-def to_rollout(
-    output: RequestOutput, prompt: Prompt, generator: str, tokenizer: PreTrainedTokenizerBase
-) -> Rollout:
+def to_rollout(output: RequestOutput, prompt: Prompt, generator: str, decode: Decode) -> Rollout:
     """The group behind a finished request.
 
     Raises IncompleteOutput where a sample was aborted, is empty or has no version.
     """
     ordered = sorted(output.outputs, key=lambda completion: completion.index)
-    texts = tokenizer.batch_decode(
-        [list(completion.token_ids) for completion in ordered], skip_special_tokens=True
-    )
+    texts = decode([list(completion.token_ids) for completion in ordered])
     samples = tuple(_sample(c, text) for c, text in zip(ordered, texts, strict=True))
     return Rollout(prompt=prompt, samples=samples, generator=generator)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -26,14 +25,15 @@ from distrl.algo import AdaptiveKL, FixedKL, lr_factor
 from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.experience import Experience, to_experience
-from distrl.learn.measure import measure
+from distrl.learn.measure import measure, part_means
 from distrl.learn.ppo import MinibatchReport, Prepared, backward, minibatches, prepare
 from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
 from distrl.models.heads import ScalarModel
 from distrl.models.load import best_device, load_policy, save_policy
 from distrl.records import RolloutBatch, ScoredRollout, StepReport, Weights
 from distrl.roles import LearnerFailed
-from distrl.sync.memory import SharedMemoryPublisher, checkpoint_tensors
+from distrl.sync.canary import publish
+from distrl.sync.memory import SharedMemoryPublisher
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class PPOLearner:
             temperature=self.spec.temperature,
             kl_coef=self.kl.coef,
         )
-        metrics = measure(batch, prepared, version=self.version)
+        metrics = measure(batch, prepared, version=self.version) | part_means(groups)
         metrics["kl/coef"] = self.kl.coef
         reports, norms = self._optimise(batch, prepared)
         self.step += 1
@@ -199,34 +199,19 @@ class PPOLearner:
 
     def publish(self) -> Weights:
         """Put the present policy into shared memory. Raises NonFiniteWeights."""
-        locator, nbytes = self.publisher.publish(checkpoint_tensors(self.policy), self.version)
-        probe = self._probe_ids()
-        return Weights(
+        return publish(
+            self.policy,
+            self.publisher,
             version=self.version,
-            transport="shm",
-            locator=locator,
-            nbytes=nbytes,
-            probe_ids=probe,
-            probe_logprobs=self._probe_logprobs(probe),
+            vocab=len(self.tokenizer),
+            probe_tokens=self.spec.canary_tokens,
         )
-
-    def _probe_ids(self) -> np.ndarray:
-        """[K] int32: ids spread over the whole vocabulary, the same in each run."""
-        rows = self.policy.get_input_embeddings().weight.shape[0]
-        size = min(rows, len(self.tokenizer))
-        return np.random.default_rng(0).integers(0, size, self.spec.canary_tokens, dtype=np.int32)
-
-    @torch.no_grad()
-    def _probe_logprobs(self, probe: np.ndarray) -> np.ndarray:
-        ids = torch.from_numpy(probe).long().to(self.device)
-        logits = self.policy(input_ids=ids[None, :-1], use_cache=False).logits[0]
-        logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[1:, None])
-        return logprobs[:, 0].cpu().numpy()
 
     # -- state --------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """Write everything that a resumed learner needs below `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
         save_module(self.policy, folder / "policy.safetensors")
         save_module(self.critic, folder / "critic.safetensors")
         save_optimizer(self.policy_optimizer, folder / "policy_optimizer.safetensors")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
+
 import torch
 
 from distrl.algo import effective_sample_size, explained_variance, kl_estimate, masked_mean
 from distrl.learn.experience import Experience
 from distrl.learn.ppo import Prepared
+from distrl.records import ScoredRollout
 
 
 @torch.no_grad()
@@ -36,3 +40,9 @@ def measure(batch: Experience, prepared: Prepared, version: int) -> dict[str, fl
         gap = (prepared.proximal - batch.behaviour_BT).abs()
         metrics["mismatch/lag0_abs_mean"] = masked_mean(gap, fresh).item()
     return metrics
+
+
+def part_means(groups: Sequence[ScoredRollout]) -> dict[str, float]:
+    """`reward/<component>`: the mean of each part of the reward over all samples."""
+    scores = [score for group in groups for score in group.scores]
+    return {f"reward/{name}": fmean(s.parts[name] for s in scores) for name in scores[0].parts}

@@ -1,0 +1,62 @@
+"""`distrl demo`: the whole loop on real parts, from human ratings to a better policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from distrl.checkpoint import Checkpoints, RunDir
+from distrl.cli.evaluate import evaluate
+from distrl.cli.options import Options, parse
+from distrl.cli.plan import print_plan
+from distrl.cli.train import prepare_stages, report, train
+from distrl.config import Config
+
+
+def run(about: str, argv: list[str]) -> int:
+    options = parse("demo", about, argv, default_preset="demo")
+    config = options.config
+    if options.dry_run:
+        print_plan(config)
+        return 0
+    began = time.monotonic()
+    prepare_stages(config, fresh=options.fresh)
+    if _finished(config) and not options.fresh:
+        print(f"PPO: finished before, reusing {config.run.dir / 'policy'}", flush=True)
+    else:
+        status = report(config, train(_going_on(options)))
+        if status:
+            return status
+    evaluate(config)
+    print(_next(config, time.monotonic() - began), flush=True)
+    return 0
+
+
+def _finished(config: Config) -> bool:
+    newest = Checkpoints(RunDir(config.run.dir).checkpoints).committed()
+    return (
+        bool(newest)
+        and max(newest) >= config.driver.steps
+        and RunDir(config.run.dir).policy.exists()
+    )
+
+
+def _going_on(options: Options) -> Options:
+    """A demo that was stopped goes on by itself."""
+    resume = RunDir(options.config.run.dir).has_progress() and not options.fresh
+    return dataclasses.replace(options, resume=resume)
+
+
+def _next(config: Config, seconds: float) -> str:
+    where = config.run.dir
+    return f"""
+Done in {seconds / 60:.1f} minutes. Run directory: {where}
+  {where}/evaluation.json    every figure and response of the table above
+  {where}/reward_vs_kl.png   what the reward cost in KL
+  {where}/metrics.jsonl      one line a step; W&B files in {where}/wandb
+
+What to try next:
+  distrl demo --run.name leash --learn.kl.coef 0.2       a shorter leash
+  distrl demo --run.name sync --driver.max_staleness 0   the same, synchronous
+  distrl train --preset smollm2                          a 135M instruct model on this CPU
+  distrl train --help                                    every setting, explained"""

@@ -1,0 +1,111 @@
+"""`distrl evaluate`: the trained policy against the one it started from."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from distrl.checkpoint import RunDir
+from distrl.cli.options import parse
+from distrl.cli.plan import print_plan
+from distrl.cli.stages import policy_folder, reward_model_folder
+from distrl.config import Config, ConfigError
+from distrl.data.sources import PromptRow, load_prompts
+from distrl.data.tokenizer import load_tokenizer
+from distrl.evaluate import Comparison, compare, evaluate_policy, resolve_judge
+from distrl.evaluate.report import plot_reward_vs_kl, print_report, write_json
+from distrl.generate.engine import EngineSpec
+from distrl.generate.generator import VLLMGenerator
+from distrl.models import load_policy
+from distrl.records import Prompt
+from distrl.score import LocalScorer, with_default_part
+from distrl.sync.canary import publish
+from distrl.sync.memory import SharedMemoryPublisher
+
+
+def run(about: str, argv: list[str]) -> int:
+    options = parse("evaluate", about, argv)
+    if options.dry_run:
+        print_plan(options.config)
+        return 0
+    evaluate(options.config)
+    return 0
+
+
+def evaluate(config: Config) -> Comparison:
+    """Compare `policy/` of the run directory with the policy that PPO started from.
+
+    Prints the table, and writes evaluation.json and reward_vs_kl.png to the run directory.
+    """
+    directory = RunDir(config.run.dir)
+    before = policy_folder(config)
+    after = directory.policy
+    if not after.exists():
+        raise ConfigError(f"{after} is not there yet; 'distrl train' ends with it")
+    rows = load_prompts(config.data, load_tokenizer(before), "test")[: config.evaluate.prompts]
+    prompts = [_prompt(index, row) for index, row in enumerate(rows)]
+    print(f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True)
+    comparison = asyncio.run(_compare(config, before, after, prompts))
+    print_report(comparison, config.evaluate.samples_shown)
+    write_json(comparison, directory.path / "evaluation.json")
+    plot_reward_vs_kl(directory.metrics, directory.path / "reward_vs_kl.png", comparison)
+    return comparison
+
+
+async def _compare(config: Config, before: Path, after: Path, prompts: list[Prompt]) -> Comparison:
+    reward_model = reward_model_folder(config)
+    scoring = with_default_part(config.score, reward_model or before)
+    scorer = LocalScorer(scoring, load_tokenizer(before))
+    judge = resolve_judge(config.evaluate.judge) if config.evaluate.judge else None
+    generator = VLLMGenerator("evaluator", _spec(config, before), config.sync)
+    publisher = SharedMemoryPublisher()
+    try:
+        await generator.start()
+        evaluations = []
+        for version, (name, folder) in enumerate([("SFT", before), ("PPO", after)]):
+            model = load_policy(folder)
+            weights = publish(
+                model,
+                publisher,
+                version=version,
+                vocab=len(generator.tokenizer),
+                probe_tokens=config.sync.canary_tokens,
+            )
+            await generator.load_weights(weights)
+            evaluations.append(
+                await evaluate_policy(
+                    name,
+                    folder,
+                    before,
+                    generator,
+                    scorer,
+                    prompts,
+                    judge=judge,
+                    temperature=config.generate.temperature,
+                )
+            )
+    finally:
+        await generator.close()
+        await scorer.close()
+        publisher.close()
+    return compare(*evaluations, resamples=config.evaluate.bootstrap, seed=config.run.seed)
+
+
+def _spec(config: Config, policy: Path) -> EngineSpec:
+    return EngineSpec(
+        model=policy,
+        config=config.generate,
+        max_model_len=config.generate.max_model_len or config.sequence_tokens,
+        seed=config.run.seed,
+    )
+
+
+def _prompt(index: int, row: PromptRow) -> Prompt:
+    return Prompt(
+        index=index,
+        epoch=0,
+        prompt_id=row.prompt_id,
+        text=row.text,
+        token_ids=row.token_ids,
+        meta=row.meta,
+    )

@@ -1,0 +1,73 @@
+"""`distrl COMMAND ...`: finds the command, runs it, and turns errors into one message."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+from distrl import __version__
+from distrl.config import ConfigError
+
+COMMANDS = {
+    "demo": "everything in minutes: SFT, reward model, PPO and evaluation on human ratings",
+    "sft": "supervised fine-tuning of a policy on demonstrations",
+    "reward-model": "a reward model from human comparisons",
+    "train": "PPO against the reward model; makes what is missing before it",
+    "evaluate": "a trained policy against the one it started from, on held-out prompts",
+}
+
+USAGE = (
+    "usage: distrl COMMAND [--preset NAME] [--config FILE.yaml] [--section.field VALUE ...]\n\n"
+    + "\n".join(f"  {name:<14} {about}" for name, about in COMMANDS.items())
+    + "\n\n'distrl COMMAND --help' explains every setting; '--dry-run' shows what would happen."
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if words[0] == "--version":
+        print(f"distrl {__version__}")
+        return 0
+    command = words[0]
+    if command not in COMMANDS:
+        print(f"distrl: no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    module = importlib.import_module(f"distrl.cli.{command.replace('-', '_')}")
+    try:
+        return module.run(COMMANDS[command], words[1:])
+    except known_errors() as error:
+        print(f"distrl {command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print(f"\ndistrl {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def known_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message says the cause and the fix; any other deserves its traceback."""
+    from distrl.actors.cluster import PlacementError
+    from distrl.checkpoint import CheckpointError, RunDirError
+    from distrl.data.errors import DataError
+    from distrl.driver.errors import DriverError
+    from distrl.learn.loop import TrainingFailed
+    from distrl.models.load import ModelError
+    from distrl.roles import LearnerFailed, RoleError
+
+    return (
+        ConfigError,
+        DataError,
+        ModelError,
+        TrainingFailed,
+        PlacementError,
+        RunDirError,
+        CheckpointError,
+        DriverError,
+        LearnerFailed,
+        RoleError,
+    )

@@ -1,0 +1,108 @@
+"""`--dry-run`: the resolved configuration, what follows from it, and what goes where."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from distrl.actors.cluster import Demand, check_demands, demands
+from distrl.actors.launch import generator_cores
+from distrl.config import Config, dump_yaml
+from distrl.data.smollm2 import resolve_model
+
+GIB = 2**30
+
+
+def print_plan(config: Config) -> None:
+    """Print everything; raises ConfigError or PlacementError for what cannot work."""
+    console = Console()
+    console.print(dump_yaml(config), highlight=False, markup=False)
+    console.print(_limits(config))
+    console.print(_placement(config))
+
+
+def _limits(config: Config) -> Table:
+    table = Table(title="What follows from it", show_header=False)
+    driver = config.driver
+    rows = {
+        "samples of a step": f"{config.samples_per_step} = {driver.prompts_per_step} prompts x "
+        f"{config.generate.samples_per_prompt}",
+        "optimizer steps of a learner step": str(config.learn.epochs * config.learn.minibatches),
+        "samples of the run": f"{driver.steps * config.samples_per_step:,}",
+        "response tokens of a step, at most": (
+            f"{config.samples_per_step * config.generate.max_new_tokens:,}"
+        ),
+        "slots (groups under way, at most)": (
+            f"{config.slots} = (max_staleness {driver.max_staleness} + 1) x "
+            f"{driver.prompts_per_step}"
+        ),
+        "longest sequence": f"{config.sequence_tokens} tokens",
+        "weight transport": config.transport,
+        "checkpoints": f"every {driver.checkpoint_every} steps, the last "
+        f"{driver.keep_checkpoints} kept",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _placement(config: Config) -> Table:
+    wanted = demands(config)
+    if config.cluster.address is None:
+        check_demands(wanted, [_this_machine(wanted)])
+    table = Table(title=f"Placement: {config.cluster.address or 'a Ray cluster on this machine'}")
+    for column in ("role", "workers", "CPUs each", "GPUs each", "cores", "memory each, about"):
+        table.add_column(column)
+    for demand in wanted:
+        table.add_row(
+            demand.role,
+            str(demand.workers),
+            f"{demand.cpus:g}",
+            f"{demand.gpus:g}",
+            _cores(config, demand),
+            f"{_memory_bytes(config, demand.role) / GIB:.2f} GiB",
+        )
+    return table
+
+
+def _cores(config: Config, demand: Demand) -> str:
+    if demand.role != "generator":
+        return "any"
+    bound = [generator_cores(config, place) for place in range(demand.workers)]
+    return ", ".join(core or "any" for core in bound)
+
+
+def _this_machine(wanted: list[Demand]) -> dict[str, float]:
+    """A local cluster gets the logical CPUs that are asked for; GPUs must be real."""
+    import torch
+
+    cpus = max(os.cpu_count() or 1, sum(d.workers * d.cpus for d in wanted))
+    return {"CPU": cpus, "GPU": torch.cuda.device_count()}
+
+
+PROCESS_BYTES = 0.6 * GIB
+"""An interpreter with torch loaded."""
+
+
+def _memory_bytes(config: Config, role: str) -> float:
+    """Weights in float32, plus gradients and two Adam moments where there is an optimizer."""
+    weights = 4 * parameters(config)
+    needed = {
+        "learner": weights * (4 + 4 + 1),  # policy and critic with 3 copies more, reference
+        "generator": 2 * weights + config.generate.kv_cache_gib * GIB,
+        "scorer": weights,
+    }
+    return PROCESS_BYTES + needed[role]
+
+
+def parameters(config: Config) -> int:
+    """Parameters of the policy: counted in its checkpoint, or from the sizes of a new one."""
+    folder = resolve_model(config.model.path)
+    if folder is not None:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
+    model = config.model
+    wide = -(-model.hidden * 8 // (3 * 64)) * 64
+    layer = 4 * model.hidden**2 + 3 * model.hidden * wide + 2 * model.hidden
+    return model.vocab * model.hidden + model.layers * layer + model.hidden

@@ -1,0 +1,18 @@
+"""`distrl reward-model`: the second stage, after the first where that is missing."""
+
+from __future__ import annotations
+
+from distrl.cli.options import parse
+from distrl.cli.plan import print_plan
+from distrl.cli.stages import ensure_reward_model, ensure_sft, reward_stage
+
+
+def run(about: str, argv: list[str]) -> int:
+    options = parse("reward-model", about, argv)
+    if options.dry_run:
+        print_plan(options.config)
+        return 0
+    ensure_sft(options.config)
+    ensure_reward_model(options.config, fresh=options.fresh)
+    print(f"reward model: {reward_stage(options.config).folder / 'model'}")
+    return 0

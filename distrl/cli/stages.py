@@ -1,0 +1,154 @@
+"""The stages before PPO: made when they are missing, reused when they are there.
+
+A stage is finished when its folder holds `stage.json` with the very settings that it
+would be made with now; that file is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distrl.config import Config, ConfigError
+from distrl.data.smollm2 import resolve_model
+from distrl.metrics import stage_progress
+
+if TYPE_CHECKING:
+    from distrl.learn.reward_model import RewardReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage's folder, and the settings that decide what comes of it."""
+
+    title: str
+    folder: Path
+    settings: dict[str, Any]
+
+    def finished(self) -> bool:
+        path = self.folder / "stage.json"
+        return path.exists() and json.loads(path.read_text()) == self.settings
+
+    def finish(self) -> None:
+        (self.folder / "stage.json").write_text(json.dumps(self.settings, indent=1))
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sft_stage(config: Config) -> Stage:
+    return Stage(
+        title="SFT",
+        folder=config.run.dir / "sft",
+        settings=_settings(config, "model", "data", "sft"),
+    )
+
+
+def reward_stage(config: Config) -> Stage:
+    return Stage(
+        title="Reward model",
+        folder=config.run.dir / "reward-model",
+        settings=_settings(config, "model", "data", "sft", "reward_model")
+        | {"samples": [config.generate.max_new_tokens, config.generate.temperature]},
+    )
+
+
+def _settings(config: Config, *sections: str) -> dict[str, Any]:
+    values = config.model_dump(mode="json", include=set(sections))
+    return values | {"seed": config.run.seed}
+
+
+def policy_folder(config: Config) -> Path:
+    """Where the policy that PPO starts from lies: the SFT stage's, or `model.path` itself."""
+    if config.sft.epochs:
+        return sft_stage(config).folder / "policy"
+    folder = resolve_model(config.model.path)
+    if folder is None:
+        raise ConfigError("sft.epochs=0 takes the policy as it is, so model.path must name one")
+    return folder
+
+
+def reward_model_folder(config: Config) -> Path | None:
+    """The reward model that the critic starts from: the first of `score.parts` that is one,
+    or this run's own; None where only functions reward."""
+    if not config.score.parts:
+        return reward_stage(config).folder / "model"
+    models = [part.model for part in config.score.parts if part.model is not None]
+    if not models and config.learn.value_from == "reward_model":
+        raise ConfigError(
+            "score.parts names no reward model for the critic to start from; "
+            "set learn.value_from=policy"
+        )
+    return Path(models[0]) if models else None
+
+
+def ensure_sft(config: Config, *, fresh: bool = False) -> None:
+    """Run the SFT stage unless it is finished or not wanted (`sft.epochs=0`)."""
+    from distrl.learn.sft import run_sft
+
+    if not config.sft.epochs:
+        return
+    stage = sft_stage(config)
+    if stage.finished() and not fresh:
+        print(f"SFT: finished before, reusing {stage.folder / 'policy'}", flush=True)
+        return
+    stage.clear()
+    with _Progress(stage.title) as on_step:
+        report = run_sft(config, stage.folder, on_step)
+    stage.finish()
+    print(
+        f"SFT: {report.parameters / 1e6:.1f} M parameters, held-out loss "
+        f"{report.validation_loss:.2f} nats a token, {report.seconds:.0f} s",
+        flush=True,
+    )
+
+
+def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
+    """Run the reward-model stage unless it is finished or `score.parts` name other rewards."""
+    from distrl.learn.reward_model import run_reward_model
+
+    if config.score.parts:
+        return
+    stage = reward_stage(config)
+    if stage.finished() and not fresh:
+        print(f"Reward model: finished before, reusing {stage.folder / 'model'}", flush=True)
+        return
+    stage.clear()
+    with _Progress(stage.title) as on_step:
+        report = run_reward_model(config, policy_folder(config), stage.folder, on_step)
+    stage.finish()
+    print(f"Reward model: {_accuracy(report)}, {report.seconds:.0f} s", flush=True)
+
+
+def _accuracy(report: RewardReport) -> str:
+    return "; ".join(
+        f"{estimate.value:.1%} of {estimate.pairs:,} held-out pairs rated more than {margin} apart"
+        for margin, estimate in report.held_out.accuracy.items()
+        if float(margin) > 0
+    )
+
+
+class _Progress:
+    """A progress bar that learns its length from the first step."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._context: Any = None
+        self._tick: Any = None
+
+    def __enter__(self) -> Any:
+        return self._step
+
+    def _step(self, step: int, total: int, values: Any) -> None:
+        if self._context is None:
+            self._context = stage_progress(self._title, total)
+            self._tick = self._context.__enter__()
+        if values:
+            self._tick(step, values)
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*raised)

@@ -1,0 +1,233 @@
+"""`distrl train`: PPO on real actors. Only here are all the parts wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distrl.actors.cluster import check_demands, connected, demands
+from distrl.actors.launch import Cast, launched
+from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
+from distrl.cli.options import Options, parse
+from distrl.cli.plan import print_plan
+from distrl.cli.stages import (
+    ensure_reward_model,
+    ensure_sft,
+    policy_folder,
+    reward_model_folder,
+)
+from distrl.config import Config, ConfigError, dump_yaml
+from distrl.data.sources import load_prompts
+from distrl.data.stream import PromptStream
+from distrl.data.tokenizer import load_tokenizer
+from distrl.driver.driver import Driver
+from distrl.driver.state import Start, Summary
+from distrl.metrics import (
+    ConsoleSink,
+    JSONLSink,
+    MultiSink,
+    Sink,
+    WandbSink,
+    new_run_id,
+    rewind_run,
+)
+from distrl.score.compose import with_default_part
+
+STOPPED = 75
+"""Exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
+
+
+def run(about: str, argv: list[str]) -> int:
+    options = parse("train", about, argv)
+    if options.dry_run:
+        print_plan(options.config)
+        return 0
+    prepare_stages(options.config, fresh=False)
+    return report(options.config, train(options))
+
+
+def prepare_stages(config: Config, *, fresh: bool) -> None:
+    """The stages that PPO stands on, and every check that needs no actor."""
+    check_local_gpus(config)
+    ensure_sft(config, fresh=fresh)
+    ensure_reward_model(config, fresh=fresh)
+
+
+def check_local_gpus(config: Config) -> None:
+    """More GPUs than this machine has: said now, not when SFT is over."""
+    if config.cluster.address is None and (config.learn.gpus or config.generate.gpus):
+        import os
+
+        import torch
+
+        cpus = max(os.cpu_count() or 1, sum(d.workers * d.cpus for d in demands(config)))
+        check_demands(demands(config), [{"CPU": cpus, "GPU": torch.cuda.device_count()}])
+
+
+def report(config: Config, summary: Summary) -> int:
+    """Say how a run ended; returns the exit status."""
+    where = config.run.dir
+    if summary.stopped:
+        print(
+            f"stopped after step {summary.step} of {config.driver.steps}; the checkpoint is in "
+            f"{where / 'checkpoints'}. Go on with the same command and --resume",
+            flush=True,
+        )
+        return STOPPED
+    print(
+        f"PPO: {summary.step} steps, {summary.samples:,} samples, {summary.tokens:,} tokens, "
+        f"{summary.seconds:.0f} s; policy: {where / 'policy'}",
+        flush=True,
+    )
+    return 0
+
+
+def train(options: Options) -> Summary:
+    """Run PPO in the run directory, from nothing or from its newest checkpoint."""
+    config = options.config
+    policy, reward_model = policy_folder(config), reward_model_folder(config)
+    config = config.model_copy(
+        update={"score": with_default_part(config.score, (reward_model or policy).resolve())}
+    )
+    source = prompt_stream(config, policy)
+    directory = RunDir(config.run.dir.resolve())
+    with directory.create(dump_yaml(options.config), resume=options.resume, fresh=options.fresh):
+        checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)
+        newest = checkpoints.latest() if options.resume else None
+        rewind_run(directory.path, newest.step if newest else 0)
+        with connected(config):
+            return asyncio.run(
+                _train(config, directory, checkpoints, newest, source, policy, reward_model)
+            )
+
+
+def prompt_stream(config: Config, policy: Path) -> PromptStream:
+    """The training prompts. Raises DataError or ConfigError before any actor starts."""
+    tokenizer = load_tokenizer(policy)
+    rows = load_prompts(config.data, tokenizer, "train")
+    if not rows:
+        raise ConfigError(f"data.source={config.data.source} has no training prompt")
+    return PromptStream(rows, seed=config.run.seed)
+
+
+async def _train(
+    config: Config,
+    directory: RunDir,
+    checkpoints: Checkpoints,
+    newest: Checkpoint | None,
+    source: PromptStream,
+    policy: Path,
+    reward_model: Path | None,
+) -> Summary:
+    start = Start.from_state(newest.state, newest.path) if newest else Start()
+    wandb_id = newest.state["wandb_id"] if newest else new_run_id()
+    print(
+        f"starting {config.generate.workers} generator(s), {config.score.workers} scorer(s) and "
+        f"the learner (vLLM takes half a minute); logs: {directory.logs}",
+        flush=True,
+    )
+    async with launched(
+        config, policy=policy, reward_model=reward_model, logs=directory.logs
+    ) as cast:
+        sink = _sink(config, directory, start, wandb_id)
+        driver = Driver(
+            config.driver,
+            source=source,
+            generators=cast.generators,
+            scorers=cast.scorers,
+            learner=cast.learner,
+            sink=sink,
+            checkpoints=checkpoints,
+            samples_per_prompt=config.generate.samples_per_prompt,
+            start=start,
+            on_rollouts=_Tables(config, sink),
+            extra_state={"wandb_id": wandb_id},
+        )
+        try:
+            summary = await _until_signal(driver)
+        finally:
+            sink.close()
+        if not summary.stopped:
+            await cast.learner.export(directory.policy)
+        return summary
+
+
+async def _until_signal(driver: Driver) -> Summary:
+    """Run the driver; the first Ctrl-C or SIGTERM stops it with a checkpoint, a second at once."""
+    running = asyncio.ensure_future(driver.run())
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        if asked:
+            running.cancel()
+        else:
+            asked = True
+            print("\nstopping after this step; again to stop at once", flush=True)
+            driver.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        return await running
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _sink(config: Config, directory: RunDir, start: Start, wandb_id: str) -> Sink:
+    sinks: list[Sink] = [
+        JSONLSink(directory.metrics),
+        ConsoleSink(config.driver.steps, start=start.step),
+    ]
+    if config.metrics.wandb:
+        sinks.append(
+            WandbSink(
+                directory.path,
+                project=config.metrics.wandb_project,
+                name=config.run.name,
+                config=config.model_dump(mode="json"),
+                run_id=wandb_id,
+            )
+        )
+    return MultiSink(*sinks)
+
+
+class _Tables:
+    """Every k steps a few rollouts, for people to read."""
+
+    COLUMNS = ("step", "prompt", "response", "reward", "parts", "versions", "finish_reason")
+
+    def __init__(self, config: Config, sink: Sink) -> None:
+        self._every, self._rows = config.metrics.table_every, config.metrics.table_rows
+        self._sink = sink
+
+    async def __call__(self, step: int, payloads: Sequence[Any]) -> None:
+        if step % self._every and step != 1:
+            return
+        rows = []
+        for payload in payloads[: self._rows]:
+            group = await payload
+            sample, score = group.rollout.samples[0], group.scores[0]
+            versions = sorted({span.version for span in sample.spans})
+            rows.append(
+                [
+                    step,
+                    group.rollout.prompt.text,
+                    sample.text,
+                    score.value,
+                    ", ".join(f"{name} {value:.3g}" for name, value in score.parts.items()),
+                    ", ".join(str(version) for version in versions),
+                    sample.finish_reason,
+                ]
+            )
+        self._sink.table(step, "rollouts", self.COLUMNS, rows)
+
+
+__all__ = ["Cast", "prepare_stages", "report", "run", "train"]
