@@ -280,14 +280,18 @@ class Driver:
             await self._step(batch, idle=watch.lap())
 
     async def _step(self, batch: list[Landed], idle: float) -> None:
-        consumed_s, waiting = self._clock(), self._buffer.groups
-        lead = (self._issued - self._buffer.cursor) / len(batch)
+        consumed_s = self._clock()
         ages = check_ages(batch, self._progress.version, self._config.max_staleness)
         watch = Stopwatch(self._clock)
         self._doing = f"in the learner's step {self._progress.step + 1}"
         report = await self._learner.learn([landed.parcel.payload for landed in batch])
         self._count(batch, report)
         learn = watch.lap()
+        ahead = {
+            "buffer/groups": self._buffer.groups,
+            "buffer/mib": self._buffer.nbytes / 2**20,
+            "driver/lead": (self._issued - self._buffer.cursor) / len(batch),
+        }
         if not self._stopping:
             if not report.skipped:
                 await self._sync()
@@ -298,8 +302,7 @@ class Driver:
             **staleness_row(batch, ages, self._config.max_staleness),
             **duration_row(durations),
             **self._driver_row(durations.step),
-            "buffer/groups": waiting,
-            "driver/lead": lead,
+            **ahead,
             **report.metrics,
         }
         await self._after(batch, row)
@@ -354,7 +357,6 @@ class Driver:
         tokens, self._landed_tokens = self._landed_tokens, 0
         return {
             "rollout/tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
-            "buffer/mib": self._buffer.nbytes / 2**20,
             "driver/in_flight": self._admission.in_flight,
             "driver/drops": self._drops().total(),
             "driver/retries": self._generators.retries + self._scorers.retries,

@@ -7,6 +7,7 @@ instead. Callbacks run in the order in which a real loop would run them with inf
 from __future__ import annotations
 
 import asyncio
+import inspect
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -75,16 +76,18 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _jump(self, seconds: float | None) -> None:
         if seconds is None:
-            waiting = sorted(str(task.get_coro()) for task in asyncio.all_tasks(self))
+            waiting = sorted(map(_where, asyncio.all_tasks(self)))
             raise Deadlock(f"nothing can happen any more; waiting: {waiting}")
         if seconds > 0:
             self._turns = 0
             self._now_s += seconds
             if self._now_s > self._limit_s:
-                raise OutOfTime(f"still running after {self._limit_s:g} virtual seconds")
+                limit_s, self._limit_s = self._limit_s, float("inf")  # the end takes time too
+                raise OutOfTime(f"still running after {limit_s:g} virtual seconds")
         else:
             self._turns += 1
             if self._turns > _TURNS:
+                self._turns = 0
                 raise Livelock(f"{_TURNS} turns at {self._now_s:g} virtual seconds")
 
 
@@ -105,4 +108,13 @@ async def _alone(main: Coroutine[Any, Any, T]) -> T:
     finally:
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if left:
-            raise LeftoverTasks(f"{sorted(str(task.get_coro()) for task in left)}")
+            raise LeftoverTasks(f"left behind: {sorted(map(_where, left))}")
+
+
+def _where(task: asyncio.Task[Any] | None) -> str:
+    """The coroutines that a task is inside of, outermost first."""
+    names, inner = [], task and task.get_coro()
+    while inspect.iscoroutine(inner):
+        names.append(inner.__qualname__)
+        inner = inner.cr_await
+    return " > ".join(names)

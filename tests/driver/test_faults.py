@@ -1,0 +1,203 @@
+"""Workers that die, hang, fail, or hold the wrong weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from distrl.driver import FleetExhausted
+from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed
+
+
+def gen(name, **faults):
+    return FakeGenerator(name, faults=Faults(**faults))
+
+
+def scorer(name, **faults):
+    return FakeScorer(name, faults=Faults(**faults))
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_dead_generators_groups_go_to_another_and_it_comes_back(world, staleness):
+    generators = [gen("g0", work={5: "die"}), gen("g1")]
+    run = world(max_staleness=staleness, steps=10, generators=generators).run()
+    assert run.trained == list(range(40))
+    assert generators[0].restarts == 1 == run.summary.restarts
+    assert run.column("driver/retries")[-1] >= 1
+    assert max(run.ages) <= staleness
+    assert generators[0].served[-1][1] > 6, "it works again after its restart"
+    assert all(held is not None for _, _, held in generators[0].served)
+
+
+def test_the_only_generator_dies_and_the_run_goes_on_after_its_restart(world):
+    generators = [gen("g0", work={3: "die", 9: "die"})]
+    run = world(generators=generators).run()
+    assert run.trained == list(range(24))
+    assert generators[0].restarts == 2
+
+
+def test_a_restarted_generator_loads_the_current_weights_before_it_gets_work(world):
+    """It restarts for 5 s, while the learner goes on to publish."""
+    generators = [gen("g0", work={3: "die"}), gen("g1")]
+    run = world(max_staleness=1, steps=12, generators=generators).run()
+    back = next(when for _, when, _ in generators[0].served if when > 5)
+    held = [held for _, when, held in generators[0].served if when == back]
+    assert held[0] is not None and held[0] >= 2
+    assert max(run.ages) <= 1
+    missed = set(range(13)) - set(generators[0].loaded)
+    assert missed, "versions went by while it was away"
+
+
+def test_a_generator_that_keeps_dying_is_retired_and_the_others_go_on(world):
+    generators = [gen("g0", work={n: "die" for n in range(1, 9)}), gen("g1")]
+    run = world(steps=20, generators=generators, max_restarts=2, attempts=20).run()
+    assert run.trained == list(range(80))
+    assert generators[0].restarts == 2
+    assert len(generators[0].served) < 10
+    assert run.column("driver/generators")[-1] == 1
+
+
+def test_no_generator_left_is_an_error_that_names_the_causes(world):
+    generators = [
+        gen("g0", work={n: "die" for n in range(1, 99)}),
+        gen("g1", restart={1: "fail", 2: "fail"}, work={2: "die"}),
+    ]
+    with pytest.raises(FleetExhausted) as caught:
+        world(generators=generators, max_restarts=2, attempts=50).run()
+    message = str(caught.value)
+    assert "no generator is left" in message and "max_restarts=2" in message
+    assert "g0: retired" in message and "WorkerDied" in message
+    assert "g1: retired" in message and "scripted failure" in message
+
+
+def test_no_scorer_left_is_an_error(world):
+    scorers = [scorer("s0", work={n: "die" for n in range(1, 99)})]
+    with pytest.raises(FleetExhausted, match="no scorer is left"):
+        world(scorers=scorers, max_restarts=1, attempts=50).run()
+
+
+def test_a_canary_mismatch_is_loaded_again(world):
+    generators = [gen("g0", load={3: "mismatch"}), gen("g1")]
+    run = world(max_staleness=1, generators=generators).run()
+    assert run.trained == list(range(24))
+    assert generators[0].loaded == list(range(7))
+    assert generators[0].restarts == 0
+    assert run.column("driver/reloads")[-1] == 1
+
+
+def test_two_mismatches_restart_and_three_failures_in_a_row_retire(world):
+    generators = [gen("g0", load={3: "mismatch", 4: "mismatch"}), gen("g1")]
+    run = world(steps=12, generators=generators).run()
+    assert generators[0].restarts == 1
+    assert run.trained == list(range(48))
+
+    faults = {n: "mismatch" for n in range(3, 99)}
+    generators = [gen("g0", load=faults), gen("g1")]
+    run = world(steps=30, generators=generators, max_restarts=2).run()
+    assert generators[0].restarts == 2
+    assert generators[0].loaded == [0, 1]
+    assert run.trained == list(range(120))
+    last = max(when for _, when, _ in generators[0].served)
+    assert last < 5, "it got no work with weights that nobody proved"
+
+
+def test_a_mismatch_at_the_start_keeps_a_generator_from_serving(world):
+    generators = [gen("g0", load={1: "mismatch", 2: "mismatch", 3: "mismatch", 4: "mismatch"})]
+    run = world(generators=generators).run()
+    assert run.trained == list(range(24))
+    assert generators[0].restarts == 2
+    assert all(held is not None for _, _, held in generators[0].served)
+
+
+def test_what_was_in_flight_during_a_mismatch_is_not_used(world):
+    """Its tokens may come from weights that are neither the old nor the new ones."""
+    durations = itertools.chain([1.0, 1.0], itertools.repeat(20.0))
+    slow = FakeGenerator("g0", seconds=lambda: next(durations), faults=Faults(load={2: "mismatch"}))
+    fast = FakeGenerator("g1", seconds=fixed(1.0))
+    run = world(max_staleness=3, generators=[slow, fast], steps=3).run()
+    assert run.trained == list(range(12))
+    mismatch_s = 2.35
+    in_flight = {index for index, when, _ in slow.served if 1.2 < when < mismatch_s}
+    assert in_flight
+    assert in_flight <= {index for index, when, _ in fast.served if when > mismatch_s}
+    assert run.summary.seconds < 15, "nobody waited for the 20 s calls"
+
+
+def test_a_load_that_kills_the_generator_restarts_it(world):
+    generators = [gen("g0", load={2: "die"}), gen("g1")]
+    run = world(steps=12, generators=generators).run()
+    assert generators[0].restarts == 1
+    assert run.trained == list(range(48))
+
+
+def test_a_death_in_the_middle_of_a_load_does_not_load_twice(world):
+    """The generate call dies first; the load under way belongs to the old process."""
+    generators = [
+        FakeGenerator("g0", load_seconds=fixed(3.0), faults=Faults(work={9: "die"})),
+        FakeGenerator("g1", load_seconds=fixed(3.0)),
+    ]
+    run = world(max_staleness=3, steps=10, generators=generators).run()
+    assert run.trained == list(range(40))
+    assert generators[0].restarts == 1
+    assert generators[0].loaded == sorted(set(generators[0].loaded))
+
+
+def test_a_group_that_fails_everywhere_is_dropped_whole_and_replaced(world):
+    generators = [gen("g0", work={1: "fail", 2: "fail", 3: "fail"})]
+    run = world(generators=generators, steps=2, prompts_per_step=1, max_staleness=0).run()
+    assert run.trained == [1, 2]
+    (reason,) = run.summary.drops
+    assert reason.startswith("generator: RoleError: g0") and run.summary.drops[reason] == 1
+    assert run.column("driver/drops") == [1, 1]
+    assert run.column("driver/retries") == [2, 2]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_score_that_fails_for_good_drops_the_group_and_is_never_a_number(world, staleness):
+    scorers = [scorer("s0", work={n: "no_score" for n in (4, 5, 6)}), scorer("s1")]
+    scorers[1].score = scorers[0].score
+    run = world(scorers=scorers, max_staleness=staleness, attempts=1).run()
+    assert len(run.trained) == 24 == len(set(run.trained))
+    assert run.source.cursor == 27
+    missing = set(range(27)) - set(run.trained)
+    assert len(missing) == 3 and list(run.summary.drops.values()) == [3]
+    assert run.trained == sorted(run.trained)
+    assert max(run.ages) <= staleness
+    assert "ScoreFailed" in next(iter(run.summary.drops))
+
+
+def test_a_failed_score_is_tried_on_another_scorer(world):
+    scorers = [scorer("bad", rate=1.0), scorer("good")]
+    run = world(scorers=scorers, attempts=2).run()
+    assert run.trained == list(range(24))
+    assert run.summary.drops == {}
+    assert sorted(scorers[1].scored) == list(range(24))
+
+
+def test_a_dead_scorer_is_restarted_and_nothing_is_lost(world):
+    scorers = [scorer("s0", work={3: "die", 10: "die"})]
+    run = world(scorers=scorers).run()
+    assert run.trained == list(range(24))
+    assert scorers[0].restarts == 2
+
+
+def test_a_hanging_call_ends_with_its_worker(world):
+    """The wedged call never returns; the worker's death gives its group to the other."""
+    generators = [gen("g0", work={2: "hang", 3: "die"}), gen("g1")]
+    run = world(generators=generators, steps=4, max_staleness=1).run()
+    assert run.trained == list(range(16))
+
+
+def test_a_role_is_needed(world):
+    run = world()
+    run.generators = []
+    with pytest.raises(ValueError, match="at least one generator"):
+        run.run()
+
+
+def test_the_learner_goes_on_while_a_generator_restarts(world):
+    generators = [FakeGenerator("g0", restart_seconds=fixed(500.0)), FakeGenerator("g1")]
+    generators[0]._faults = Faults(load={2: "die"})
+    run = world(generators=generators, steps=10, learner=FakeLearner(seconds=fixed(0.5))).run()
+    assert run.summary.seconds < 100

@@ -1,0 +1,158 @@
+"""stop(), cancellation, the watchdog, checkpoints, and going on from them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from distrl.driver import OutOfStep, Stalled, Start
+from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed, log_normal
+
+
+def parts(seed):
+    generators = [
+        FakeGenerator(f"g{i}", seconds=log_normal(1.0, 1.0, 10 * seed + i)) for i in (0, 1)
+    ]
+    # "p5" and "p14" cannot be scored by anyone, ever.
+    scorer = FakeScorer("s0")
+    score = scorer.score
+
+    async def picky(group):
+        if group.info.index in (5, 14):
+            scorer._faults = Faults(rate=1.0)
+        try:
+            return await score(group)
+        finally:
+            scorer._faults = Faults()
+
+    scorer.score = picky
+    return {"generators": generators, "scorers": [scorer]}
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+@pytest.mark.parametrize("stop_s", [0.0, 0.1, 2.0, 4.7, 6.3, 9.9])
+def test_stop_and_resume_train_every_prompt_exactly_once(world, staleness, stop_s):
+    settings = {"steps": 7, "max_staleness": staleness}
+
+    async def stop(driver):
+        await asyncio.sleep(stop_s)
+        driver.stop()
+        driver.stop()
+
+    first = world(**parts(1), **settings).run(stop)
+    assert first.summary.stopped and first.summary.step < 7
+    step = first.summary.step
+    assert [row_step for row_step, _ in first.sink.rows] == list(range(1, step + 1))
+    start = None
+    if step:
+        state = first.checkpoints.states[step]
+        assert list(first.checkpoints.states) == [step]
+        assert state["wandb_id"] == "abc"
+        assert state["samples"] == 8 * step == first.summary.samples
+        assert state["drops"] == first.summary.drops
+        start = Start.from_state(state, first.checkpoints.folder / f"step_{step:06d}")
+    else:
+        assert first.checkpoints.states == {}
+
+    second = world(**parts(2), **settings, start=start).run()
+    assert second.summary.step == 7 and second.summary.steps == 7 - step
+    assert first.trained + second.trained == [i for i in range(30) if i not in (5, 14)]
+    assert sum(second.summary.drops.values()) == 2
+    assert second.summary.samples == 56
+    assert [s for s, _ in second.sink.rows] == list(range(step + 1, 8))
+    assert second.learner.version == 7
+    assert max(second.ages) <= staleness
+
+
+def test_stop_finishes_the_step_under_way_but_loads_no_weights(world):
+    run = world(max_staleness=1, learner=FakeLearner(seconds=fixed(10.0)))
+
+    async def stop(driver):
+        await asyncio.sleep(5)
+        issued = run.source.cursor
+        driver.stop()
+        await asyncio.sleep(4)
+        assert run.source.cursor == issued
+
+    run.run(stop)
+    assert run.summary.step == 1
+    assert run.generators[0].loaded == [0]
+    assert run.checkpoints.states[1]["cursor"] == 4
+    assert run.checkpoints.states[1]["version"] == 1
+
+
+def test_workers_that_die_while_the_run_ends_do_not_hurt_the_last_step(world):
+    run = world(learner=FakeLearner(seconds=fixed(10.0)), max_restarts=0)
+
+    async def stop(driver):
+        await asyncio.sleep(1.5)
+        assert driver._admission.in_flight
+        driver.stop()
+        for generator in run.generators:
+            await generator.close()
+
+    run.run(stop)
+    assert run.summary.stopped and run.summary.step == 1
+    assert 1 in run.checkpoints.states
+
+
+def test_checkpoints_are_written_when_due_and_at_the_end(world):
+    run = world(steps=7, checkpoint_every=3).run()
+    assert list(run.checkpoints.states) == [3, 6, 7]
+    assert [s["cursor"] for s in run.checkpoints.states.values()] == [12, 24, 28]
+    assert world(steps=6, checkpoint_every=3).run().checkpoints.states.keys() == {3, 6}
+
+
+def test_a_resumed_learner_must_have_the_version_of_the_checkpoint(world):
+    """A learner that silently starts from version 0 would make every token look young."""
+    first = world(steps=2).run()
+    state = {**first.checkpoints.states[2], "version": 7}
+    start = Start.from_state(state, first.checkpoints.folder / "step_000002")
+    with pytest.raises(OutOfStep, match="version 2 where 7 was due"):
+        world(steps=4, start=start).run()
+
+
+def test_cancelling_the_run_cancels_everything(world):
+    run = world()
+
+    async def main():
+        task = asyncio.ensure_future(run._run(None))
+        await asyncio.sleep(3.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    from distrl.sim import run_virtual
+
+    run_virtual(main())  # raises LeftoverTasks where anything lives on
+
+
+def test_the_watchdog_names_the_prompts_and_who_has_them(world):
+    generators = [FakeGenerator("g0", faults=Faults(work={2: "hang"})), FakeGenerator("g1")]
+    run = world(generators=generators, stall_timeout_s=60)
+    with pytest.raises(Stalled) as caught:
+        run.run()
+    message = str(caught.value)
+    assert "stall_timeout_s=60" in message
+    assert "(p2): with g0" in message
+    assert "p0)" not in message
+    assert "waiting for groups" in message
+
+
+def test_the_watchdog_sees_a_learner_that_hangs(world):
+    run = world(learner=FakeLearner(seconds=fixed(1e5)), stall_timeout_s=60)
+    with pytest.raises(Stalled, match="in the learner's step 1"):
+        run.run()
+
+
+def test_the_watchdog_sees_a_start_that_hangs(world):
+    generators = [FakeGenerator("g0", faults=Faults(load={1: "hang"}))]
+    with pytest.raises(Stalled, match="loading version 0 on the generators"):
+        world(generators=generators, stall_timeout_s=60).run()
+
+
+def test_a_run_in_which_every_group_is_dropped_stalls_and_says_why(world):
+    scorers = [FakeScorer("s0", faults=Faults(rate=1.0))]
+    with pytest.raises(Stalled, match="scripted failure"):
+        world(scorers=scorers, stall_timeout_s=60).run()
