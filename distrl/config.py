@@ -102,7 +102,9 @@ class DataConfig(Section):
 
 
 class SFTConfig(Section):
-    epochs: int = Field(4, ge=1)
+    epochs: int = Field(
+        4, ge=0, description="passes over the demonstrations; 0 takes model.path as it is"
+    )
     lr: float = Field(2e-3, gt=0, description="peak learning rate (cosine to 10 %)")
     batch_tokens: int = Field(2048, ge=16, description="tokens of an optimizer step")
     weight_decay: float = Field(0.1, ge=0)

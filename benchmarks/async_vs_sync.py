@@ -1,0 +1,75 @@
+"""Wall-clock of synchronous over asynchronous training: same samples, same steps, same cores.
+
+    python benchmarks/async_vs_sync.py [--from runs/demo] [--steps 30] [--seeds 3]
+
+The generator has one core and the learner another in both modes; only `max_staleness`
+differs (0 and 1). The limit: were generation and learning to overlap perfectly, a run would
+last as long as the slower of the two alone does in the synchronous run. Times are of steps
+after the first two (warm-up); runs alternate, so that noise of the machine hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from common import ROOT, distrl, metrics, report, total
+
+WARM_UP = 2
+LAST = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--from", dest="source", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    ratios, limits, sync_rewards, async_rewards = [], [], [], []
+    for seed in range(options.seeds):
+        sync = _run(options.source, options.steps, seed, staleness=0)
+        overlapped = _run(options.source, options.steps, seed, staleness=1)
+        wall = total(sync, "time/step")
+        learner = total(sync, "time/learn") + total(sync, "time/sync")
+        slower = max(learner, wall - learner)
+        ratios.append(wall / total(overlapped, "time/step"))
+        limits.append(wall / slower)
+        sync_rewards.append(_final_reward(sync))
+        async_rewards.append(_final_reward(overlapped))
+    report(
+        "Synchronous over asynchronous",
+        {
+            "wall-clock ratio sync/async": _spread(ratios),
+            "limit (slower side alone)": _spread(limits),
+            "final reward, sync": _spread(sync_rewards),
+            "final reward, async": _spread(async_rewards),
+        },
+        f"python benchmarks/async_vs_sync.py --steps {options.steps} --seeds {options.seeds}",
+    )
+
+
+def _run(source: Path, steps: int, seed: int, *, staleness: int) -> list[dict[str, float]]:
+    """One training run from the finished stages of `source`; its rows after the warm-up."""
+    name = f"benchmark-staleness{staleness}-{seed}"
+    distrl(
+        "train", "--preset", "demo", "--fresh", "--run.name", name, "--run.seed", str(seed),
+        "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
+        "--score.parts", f'[{{"name": "human", "model": "{source / "reward-model" / "model"}"}}]',
+        "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
+        "--driver.checkpoint_every", str(steps), "--no-metrics.wandb",
+    )  # fmt: skip
+    return metrics(ROOT / "runs" / name)[WARM_UP:]
+
+
+def _final_reward(rows: list[dict[str, float]]) -> float:
+    return statistics.fmean(row["reward/mean"] for row in rows[-LAST:])
+
+
+def _spread(values: list[float]) -> str:
+    listed = ", ".join(f"{v:.2f}" for v in values)
+    return f"{statistics.fmean(values):.2f}  ({listed})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the benchmarks share: a run as a subprocess, its memory, its figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+
+def distrl(*words: str) -> None:
+    """Run one distrl command, its output shown. Raises CalledProcessError."""
+    print("$ distrl", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "distrl.cli", *words], check=True, cwd=ROOT)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def total(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows)
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    cores = len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory().total / GIB
+    return f"{platform.processor() or platform.machine()}, {cores} cores, {memory:.0f} GiB"
+
+
+def report(title: str, figures: dict[str, Any], command: str) -> None:
+    """Print the figures, and how to get them again."""
+    print(f"\n{title}  ({machine()})")
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"  {name:<{width}}  {value}")
+    print(f"  again: {command}", flush=True)
+
+
+@dataclass
+class Memory:
+    """Peak of the proportional set size (PSS) summed over this process and all below it."""
+
+    peak_bytes: int = 0
+
+
+@contextlib.contextmanager
+def memory_watch(every_s: float = 1.0) -> Iterator[Memory]:
+    """Sample memory while the block runs. PSS shares out pages that several processes map."""
+    memory, done = Memory(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            memory.peak_bytes = max(memory.peak_bytes, _pss(psutil.Process()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        thread.join()
+
+
+def _pss(process: psutil.Process) -> int:
+    size = 0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error, OSError):
+            size += one.memory_full_info().pss
+    return size
+
+
+@contextlib.contextmanager
+def stopwatch(times: dict[str, float], name: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    times[name] = time.monotonic() - began

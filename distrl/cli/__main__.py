@@ -1,0 +1,5 @@
+import sys
+
+from distrl.cli.main import main
+
+sys.exit(main())
