@@ -35,18 +35,19 @@ class Cast:
 
 @asynccontextmanager
 async def launched(
-    config: Config, *, policy: Path, reward_model: Path, logs: Path
+    config: Config, *, policy: Path, reward_model: Path | None, logs: Path
 ) -> AsyncIterator[Cast]:
     """Place and start every actor; all of them are ended when the block is left.
 
-    policy: Hugging Face folder the policy starts from; reward_model: the critic's start.
+    policy: Hugging Face folder the policy starts from; reward_model: the critic's start,
+    which may be None only where learn.value_from is "policy".
     Raises PlacementError before any actor starts, WorkerDied where one does not come up.
     """
     wanted = demands(config)
     groups = place(wanted, config.cluster.placement_timeout_s)
     by_role = {demand.role: demand for demand in wanted}
     make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve())
-    learner = make.learner(reward_model.resolve())
+    learner = make.learner(reward_model)
     cast = Cast(
         generators=[make.generator(i, learner) for i in range(config.generate.workers)],
         scorers=[make.scorer(i) for i in range(config.score.workers)],
@@ -112,12 +113,12 @@ class _Maker:
             config.generate.start_timeout_s,
         )
 
-    def learner(self, reward_model: Path) -> LearnerHandle:
+    def learner(self, reward_model: Path | None) -> LearnerHandle:
         config = self.config
         from_rewards = config.learn.value_from == "reward_model"
         spec = LearnerSpec(
             policy=self.policy,
-            reward_model=reward_model if from_rewards else None,
+            reward_model=reward_model.resolve() if reward_model and from_rewards else None,
             config=config.learn,
             total_steps=config.driver.steps,
             temperature=config.generate.temperature,
