@@ -55,6 +55,8 @@ class Generators(Fleet[Generator]):
         """Tell `worker` to begin when `groups` wait. Where it fails, its work goes elsewhere."""
         try:
             await self.call(worker, worker.role.hold(groups))
+        except (WorkerDied, Abandoned):
+            return
         except RoleError as error:
             self.condemn(worker, error)
 
@@ -67,6 +69,8 @@ class Generators(Fleet[Generator]):
     async def _update(self, worker: Worker[Generator]) -> None:
         try:
             await self._take_on(worker)
+        except (WorkerDied, Abandoned):
+            return  # condemned by whoever saw it die
         except RoleError as error:
             self.condemn(worker, error)
 

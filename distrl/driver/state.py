@@ -48,16 +48,23 @@ class Start:
 
 @dataclass(slots=True)
 class Progress:
-    """The counts of a run. They change only in the learn loop."""
+    """The counts of a run, which change only in the learn loop, and what the watchdog reads.
+
+    Attributes:
+        moved_s: when a group last landed or a step last ended.
+        doing: what the learn loop does, for an error message.
+    """
 
     step: int
     version: int
     samples: int
     tokens: int
+    moved_s: float
+    doing: str = "loading the learner"
 
     @classmethod
-    def of(cls, start: Start) -> Progress:
-        return cls(start.step, start.version, start.samples, start.tokens)
+    def of(cls, start: Start, now_s: float) -> Progress:
+        return cls(start.step, start.version, start.samples, start.tokens, now_s)
 
     def state(self, cursor: int, drops: Mapping[str, int]) -> dict[str, Any]:
         """What a checkpoint keeps; `drops` are those below `cursor`."""

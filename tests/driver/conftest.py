@@ -31,7 +31,7 @@ class World:
     generators: Sequence[FakeGenerator]
     scorers: Sequence[FakeScorer]
     learner: FakeLearner
-    checkpoints: MemoryCheckpoints
+    checkpoints: Any
     config: DriverConfig
     start: Start | None = None
     sink: ListSink = field(default_factory=ListSink)

@@ -164,7 +164,7 @@ def test_each_premise_of_the_proof_is_needed(world, monkeypatch, breakage):
 def test_the_fakes_see_the_breach_themselves(world, monkeypatch):
     """The learner's own count of ages does not rest on the driver's check."""
     one_slot_too_many(monkeypatch)
-    monkeypatch.setattr("distrl.driver.driver.check_ages", _no_check)
+    monkeypatch.setattr("distrl.driver.learn.check_ages", _no_check)
     slow = FakeLearner(seconds=fixed(30.0))
     run = world(max_staleness=1, learner=slow).run()
     assert max(run.ages) == 2

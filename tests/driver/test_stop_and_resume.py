@@ -6,8 +6,17 @@ import asyncio
 
 import pytest
 
+from distrl.checkpoint import Checkpoints
 from distrl.driver import OutOfStep, Stalled, Start
-from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed, log_normal
+from distrl.sim import (
+    FakeGenerator,
+    FakeLearner,
+    FakeScorer,
+    Faults,
+    fixed,
+    log_normal,
+    run_virtual,
+)
 
 
 def parts(seed):
@@ -63,6 +72,24 @@ def test_stop_and_resume_train_every_prompt_exactly_once(world, staleness, stop_
     assert [s for s, _ in second.sink.rows] == list(range(step + 1, 8))
     assert second.learner.version == 7
     assert max(second.ages) <= staleness
+
+
+def test_a_run_goes_on_from_a_checkpoint_on_disk(world, tmp_path):
+    first = world(steps=9, checkpoint_every=4)
+    first.checkpoints = Checkpoints(tmp_path / "checkpoints")
+
+    async def stop(driver):
+        await asyncio.sleep(7)
+        driver.stop()
+
+    first.run(stop)
+    latest = Checkpoints(tmp_path / "checkpoints").latest()
+    assert latest is not None and latest.step == first.summary.step
+    second = world(steps=9, checkpoint_every=4, start=Start.from_state(latest.state, latest.path))
+    second.checkpoints = Checkpoints(tmp_path / "checkpoints")
+    second.run()
+    assert first.trained + second.trained == list(range(36))
+    assert Checkpoints(tmp_path / "checkpoints").committed() == [8, 9]
 
 
 def test_stop_finishes_the_step_under_way_but_loads_no_weights(world):
@@ -122,8 +149,6 @@ def test_cancelling_the_run_cancels_everything(world):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-
-    from distrl.sim import run_virtual
 
     run_virtual(main())  # raises LeftoverTasks where anything lives on
 

@@ -1,0 +1,171 @@
+"""LEARN: batches in order of issue to the learner, its weights to the generators.
+
+The order of operations is numbered at the head of `driver.py`. Invariant: a step's slots are
+released only when every generator that may be given work holds the weights that came of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distrl.config import DriverConfig
+from distrl.driver.admission import Admission
+from distrl.driver.buffer import BufferClosed, Landed, OrderedBuffer
+from distrl.driver.errors import OutOfStep
+from distrl.driver.ports import CheckpointStore, RolloutsHook
+from distrl.driver.roll import Roller
+from distrl.driver.row import Durations, Row, Stopwatch, batch_row, duration_row, staleness_row
+from distrl.driver.staleness import check_ages
+from distrl.driver.state import LEARNER_FOLDER, Progress, Start
+from distrl.metrics.sinks import Sink
+from distrl.records import StepReport
+from distrl.roles import Learner
+
+
+@dataclass(kw_only=True)
+class LearnLoop:
+    """Takes, checks, learns, publishes, loads, releases, logs, saves; then again."""
+
+    config: DriverConfig
+    learner: Learner
+    roller: Roller
+    buffer: OrderedBuffer
+    admission: Admission
+    progress: Progress
+    sink: Sink
+    checkpoints: CheckpointStore
+    start: Start
+    clock: Callable[[], float]
+    on_rollouts: RolloutsHook | None
+    extra_state: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.stopping = False
+        self._saved_step = self.start.step
+        self._since_row = Stopwatch(self.clock)
+        self._tokens_before = 0
+
+    def drops(self) -> Counter[str]:
+        """Dropped groups below the cursor by reason, those before a resume included."""
+        return Counter(self.start.drops) + self.buffer.drops
+
+    async def open(self) -> None:
+        """Bring learner, source and generators to where the run starts."""
+        if self.start.checkpoint is not None:
+            await self.learner.load(self.start.checkpoint / LEARNER_FOLDER)
+        self.roller.source.seek(self.start.cursor)
+        await self._sync()
+        self._since_row.lap()
+
+    async def run(self) -> None:
+        """Until all steps are taken, or `stopping`."""
+        while self.progress.step < self.config.steps and not self.stopping:
+            self.progress.doing = "waiting for groups"
+            watch = Stopwatch(self.clock)
+            try:
+                batch = await self.buffer.take(self.config.prompts_per_step)
+            except BufferClosed:
+                break
+            self.admission.recheck()
+            await self._step(batch, idle_s=watch.lap())
+
+    async def save(self) -> None:
+        """Write a checkpoint of the last step, where there is none yet."""
+        step = self.progress.step
+        if step == self._saved_step:
+            return
+        self.progress.doing = f"writing the checkpoint of step {step}"
+        folder = await asyncio.to_thread(self.checkpoints.begin, step)
+        await self.learner.save(folder / LEARNER_FOLDER)
+        state = self.progress.state(self.buffer.cursor, self.drops())
+        await asyncio.to_thread(self.checkpoints.commit, step, {**self.extra_state, **state})
+        self._saved_step = step
+
+    async def _step(self, batch: list[Landed], idle_s: float) -> None:
+        consumed_s = self.clock()
+        ages = check_ages(batch, self.progress.version, self.config.max_staleness)
+        watch = Stopwatch(self.clock)
+        self.progress.doing = f"in the learner's step {self.progress.step + 1}"
+        report = await self.learner.learn([landed.parcel.payload for landed in batch])
+        self._count(batch, report)
+        learn_s, ahead = watch.lap(), self._ahead_row()
+        if not self.stopping:
+            if not report.skipped:
+                await self._sync()
+            self.admission.released(len(batch))
+        durations = Durations(
+            step=self._since_row.lap(), idle=idle_s, learn=learn_s, sync=watch.lap()
+        )
+        row = {
+            **batch_row(batch, consumed_s),
+            **staleness_row(batch, ages, self.config.max_staleness),
+            **duration_row(durations),
+            **ahead,
+            **self._driver_row(durations.step),
+            **report.metrics,
+        }
+        self.sink.log(self.progress.step, row)
+        await self._after(batch)
+
+    def _count(self, batch: list[Landed], report: StepReport) -> None:
+        progress = self.progress
+        due = (progress.step + 1, progress.version + (not report.skipped))
+        if (report.step, report.version) != due:
+            raise OutOfStep(
+                f"the learner reports step {report.step} and version {report.version} "
+                f"(skipped: {report.skipped}) where step {due[0]} and version {due[1]} were due"
+            )
+        progress.step, progress.version = due
+        progress.samples += sum(len(landed.parcel.info.group.lengths) for landed in batch)
+        progress.tokens += sum(sum(landed.parcel.info.group.lengths) for landed in batch)
+        progress.moved_s = self.clock()
+
+    async def _sync(self) -> None:
+        """Publish, and load on every generator that is up."""
+        self.progress.doing = "publishing weights"
+        weights = await self.learner.publish()
+        if weights.version != self.progress.version:
+            raise OutOfStep(
+                f"the learner published version {weights.version} where "
+                f"{self.progress.version} was due"
+            )
+        self.progress.doing = f"loading version {weights.version} on the generators"
+        await self.roller.generators.load(weights)
+
+    async def _after(self, batch: list[Landed]) -> None:
+        step = self.progress.step
+        if self.on_rollouts is not None:
+            self.progress.doing = "showing rollouts"
+            await self.on_rollouts(step, [landed.parcel.payload for landed in batch])
+        if step % self.config.checkpoint_every == 0:
+            await self.save()
+
+    def _ahead_row(self) -> Row:
+        """How far generation is ahead of the learner, at the end of the learner's step."""
+        lead = (self.roller.issued - self.buffer.cursor) / self.config.prompts_per_step
+        return {
+            "buffer/groups": self.buffer.groups,
+            "buffer/mib": self.buffer.nbytes / 2**20,
+            "driver/lead": lead,
+        }
+
+    def _driver_row(self, seconds: float) -> Row:
+        """Counts of the driver; `seconds` have passed since the last row."""
+        tokens = self.roller.landed_tokens - self._tokens_before
+        self._tokens_before = self.roller.landed_tokens
+        generators, scorers = self.roller.generators, self.roller.scorers
+        return {
+            "rollout/tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+            "driver/in_flight": self.admission.in_flight,
+            "driver/drops": self.drops().total(),
+            "driver/retries": generators.retries + scorers.retries,
+            "driver/restarts": generators.restarts + scorers.restarts,
+            "driver/reloads": generators.reloads,
+            "driver/generators": len(generators.usable()),
+            "samples/total": self.progress.samples,
+            "tokens/total": self.progress.tokens,
+        }
