@@ -1,0 +1,7 @@
+"""What is wrong with data: one error type, whose message names the place and the fix."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Data cannot be fetched, read or used. The message is for the person who runs distrl."""

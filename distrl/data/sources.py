@@ -1,0 +1,265 @@
+"""The three views of a data set: demonstrations, comparisons, prompts.
+
+Each view exists for the built-in reviews and for files (`data.source`). The splits "train",
+"validation" and "test" of one file are 80/10/10 by a hash of the row's id, or of its prompt
+where no column holds an id, so equal prompts never stand in two splits. Where
+`data.validation` names held-out rows, all of the source is "train", and those rows are both
+"validation" and "test". `data.limit` takes the first rows of the split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from distrl.config import DataConfig
+from distrl.data.errors import DataError
+from distrl.data.order import permutation
+from distrl.data.reviews import Review, Split, hash_number, load_reviews, split_of
+from distrl.data.rows import (
+    Messages,
+    Row,
+    column,
+    prompt_column,
+    ratings_column,
+    read_rows,
+    responses_column,
+    text_column,
+)
+from distrl.data.tokenizer import encode_prompt
+from distrl.records import Int32s
+
+REVIEWS = "reviews"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration:
+    """A response to imitate. `prompt` is text, or chat messages for the template."""
+
+    row_id: str
+    prompt: str | Messages
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """K >= 2 responses to one prompt, with a human rating each; larger is better."""
+
+    row_id: str
+    prompt: str | Messages
+    responses: tuple[str, ...]
+    ratings: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRow:
+    """A prompt to roll out. `token_ids` is [P] int32; `prompt_id` is unique in its split.
+
+    `text` and the decoded response, put together, are the whole text. `meta` has the row's
+    further columns, and "messages" where the prompt is a chat.
+    """
+
+    prompt_id: str
+    text: str
+    token_ids: Int32s
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileRow:
+    """A row of one split: its place for errors, its id, and its columns."""
+
+    where: str
+    row_id: str
+    columns: Row
+
+
+def load_demonstrations(data: DataConfig, split: Split) -> list[Demonstration]:
+    """What SFT imitates.
+
+    Reviews: prompt "" and the whole sentence. Files: `prompt_column` (where that is set to
+    "", the rows are plain text without a prompt) and `response_column`. A response follows
+    its prompt directly, so plain text brings its own blank between them. Raises DataError.
+    """
+    if data.source == REVIEWS:
+        reviews = _reviews(data, split)
+        return [Demonstration(row_id=r.review_id, prompt="", response=r.text) for r in reviews]
+    return [
+        Demonstration(
+            row_id=row.row_id,
+            prompt=_prompt(data, row),
+            response=text_column(row.columns, data.response_column, row.where),
+        )
+        for row in _file_rows(data, split)
+    ]
+
+
+def load_comparisons(
+    data: DataConfig, split: Split, *, group: int, seed: int, limit: int | None = None
+) -> list[Comparison]:
+    """What a reward model learns from; at most `limit` responses in all.
+
+    Reviews: sentences with prompt "", shuffled by `seed` into groups of `group`, rated by the
+    mean over people; the last group may be smaller, and one left over is dropped. Files: each
+    row is a group of its own size, in the order of the file. Raises DataError.
+    """
+    if data.source == REVIEWS:
+        reviews = _reviews(data, split)
+        shuffled = [reviews[i] for i in permutation(len(reviews), seed)[:limit]]
+        starts = range(0, len(shuffled) - 1, group)
+        groups = [_compared(shuffled[start : start + group]) for start in starts]
+    else:
+        groups = list(_within(limit, (_comparison(data, row) for row in _file_rows(data, split))))
+    if not groups:
+        raise DataError(f"no group of two responses in the {split} rows within {limit} responses")
+    return groups
+
+
+def load_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split
+) -> list[PromptRow]:
+    """What is rolled out, tokenised once and for all.
+
+    Reviews: the first words of each sentence, as many as a hash of it draws from
+    `prompt_words`; a sentence without a further word is skipped, and so is a prompt longer
+    than `max_prompt_tokens`. Files: `prompt_column`; there a longer one is an error. Raises
+    DataError.
+    """
+    if data.source == REVIEWS:
+        rows = [row for r in _reviews(data, split) if (row := _opening(data, tokenizer, r))]
+        if not rows:
+            raise DataError(
+                f"no review opens with data.prompt_words={data.prompt_words} words within "
+                f"data.max_prompt_tokens={data.max_prompt_tokens}; raise the latter"
+            )
+        return rows
+    if not data.prompt_column:
+        raise DataError("data.prompt_column is empty, so there are no prompts to roll out")
+    rows = []
+    places: dict[str, str] = {}
+    for row in _file_rows(data, split):
+        if row.row_id in places:
+            raise DataError(f"{row.where}: id {row.row_id!r} is taken by {places[row.row_id]}")
+        places[row.row_id] = row.where
+        rows.append(_prompt_row(data, tokenizer, row))
+    return rows
+
+
+def _reviews(data: DataConfig, split: Split) -> list[Review]:
+    for name, is_set in (("chat", data.chat), ("validation", data.validation is not None)):
+        if is_set:
+            raise DataError(
+                f"data.{name} does not go with the built-in reviews, which are plain text with "
+                f"a split of their own; unset it, or name a file in data.source"
+            )
+    return list(islice((r for r in load_reviews() if split_of(r.text) == split), data.limit))
+
+
+def _compared(reviews: list[Review]) -> Comparison:
+    return Comparison(
+        row_id="+".join(r.review_id for r in reviews),
+        prompt="",
+        responses=tuple(r.text for r in reviews),
+        ratings=tuple(r.mean for r in reviews),
+    )
+
+
+def _opening(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, review: Review
+) -> PromptRow | None:
+    fewest, most = data.prompt_words
+    if not 1 <= fewest <= most:
+        raise DataError(f"data.prompt_words={data.prompt_words} should be two numbers, 1 or more")
+    count = fewest + hash_number(review.text, "prompt_words") % (most - fewest + 1)
+    words = review.text.split(" ")
+    if len(words) <= count:
+        return None
+    # It ends before the blank: a byte-level BPE has the blank in the first token after it.
+    text, token_ids = encode_prompt(tokenizer, " ".join(words[:count]))
+    if len(token_ids) > data.max_prompt_tokens:
+        return None
+    return PromptRow(prompt_id=review.review_id, text=text, token_ids=token_ids)
+
+
+def _file_rows(data: DataConfig, split: Split) -> Iterator[_FileRow]:
+    """The rows of `split` in the order of their file. Raises DataError where there is none."""
+    held_out = data.validation is not None and split != "train"
+    path = data.validation if held_out and data.validation is not None else data.source
+    count = 0
+    for where, columns in read_rows(path):
+        row = _FileRow(where=where, row_id=_row_id(data, columns, where), columns=columns)
+        if data.validation is not None or split_of(_split_key(data, row)) == split:
+            count += 1
+            yield row
+        if count == data.limit:
+            return
+    if count == 0:
+        raise DataError(
+            f"no row of {path} falls into the {split} split, which is by hash of each row's id or "
+            "prompt; give more rows, or held-out rows in data.validation"
+        )
+
+
+def _row_id(data: DataConfig, columns: Row, where: str) -> str:
+    if data.id_column is None:
+        return where.rpartition(":")[2]
+    value = column(columns, data.id_column, where)
+    if value is None or isinstance(value, dict | list):
+        raise DataError(f"{where}: column {data.id_column!r} should be an id, found {value!r}")
+    return str(value)
+
+
+def _split_key(data: DataConfig, row: _FileRow) -> str:
+    """What decides the split: the id, else the prompt, else all that the row has."""
+    if data.id_column is not None:
+        return row.row_id
+    name = data.prompt_column
+    key = column(row.columns, name, row.where) if name else row.columns
+    return key if isinstance(key, str) else json.dumps(key, sort_keys=True, default=str)
+
+
+def _prompt(data: DataConfig, row: _FileRow) -> str | Messages:
+    if not data.prompt_column:
+        return ""
+    return prompt_column(row.columns, data.prompt_column, row.where, chat=data.chat)
+
+
+def _comparison(data: DataConfig, row: _FileRow) -> Comparison:
+    responses = responses_column(row.columns, data.responses_column, row.where)
+    ratings = ratings_column(row.columns, data.ratings_column, row.where, count=len(responses))
+    return Comparison(
+        row_id=row.row_id, prompt=_prompt(data, row), responses=responses, ratings=ratings
+    )
+
+
+def _within(limit: int | None, groups: Iterator[Comparison]) -> Iterator[Comparison]:
+    """The first groups that together have no more than `limit` responses."""
+    taken = 0
+    for group in groups:
+        taken += len(group.responses)
+        if limit is not None and taken > limit:
+            return
+        yield group
+
+
+def _prompt_row(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: _FileRow) -> PromptRow:
+    prompt = _prompt(data, row)
+    try:
+        text, token_ids = encode_prompt(tokenizer, prompt)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    if len(token_ids) > data.max_prompt_tokens:
+        raise DataError(
+            f"{row.where}: the prompt has {len(token_ids)} tokens, and data.max_prompt_tokens is "
+            f"{data.max_prompt_tokens}; raise it or shorten the prompt"
+        )
+    known = {data.prompt_column, data.id_column}
+    meta = {name: value for name, value in row.columns.items() if name not in known}
+    if not isinstance(prompt, str):
+        meta["messages"] = prompt
+    return PromptRow(prompt_id=row.row_id, text=text, token_ids=token_ids, meta=meta)
