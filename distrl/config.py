@@ -433,6 +433,33 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        if self.sft.epochs == 0 and self.model.path is None:
+            raise ConfigError(
+                "sft.epochs=0 takes the policy as it is, and without model.path there is none; "
+                "name one, or set sft.epochs to 1 or more"
+            )
+        longest = self.generate.max_model_len or self.sequence_tokens
+        if self.model.path is None and longest > self.model.context:
+            raise ConfigError(
+                f"generate.max_model_len={longest} is beyond model.context={self.model.context}"
+            )
+        if self.sync.canary_tokens + 1 > longest:
+            raise ConfigError(
+                f"sync.canary_tokens={self.sync.canary_tokens} and one token more do not fit the "
+                f"engine's {longest} tokens (data.max_prompt_tokens + generate.max_new_tokens, or "
+                f"generate.max_model_len); set sync.canary_tokens to {longest - 1} or less"
+            )
+        kl = self.learn.kl
+        if kl.kind == "adaptive" and self.samples_per_step >= 5 * kl.horizon:
+            raise ConfigError(
+                f"learn.kl.horizon={kl.horizon} is too short for the {self.samples_per_step} "
+                "samples of a step: one step could take the price of KL to zero for good; raise "
+                f"it to at least {self.samples_per_step // 5 + 1}"
+            )
+        return self
+
     @property
     def samples_per_step(self) -> int:
         """Samples of a learner step: prompts x samples of each."""
