@@ -1,0 +1,172 @@
+"""Weights in shared memory: what is read is what was published, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, load_file
+
+from distrl.models import load_policy
+from distrl.sync.canary import probe_ids, probe_logprobs, publish
+from distrl.sync.memory import (
+    KEPT_VERSIONS,
+    NonFiniteWeights,
+    SharedMemoryPublisher,
+    checkpoint_tensors,
+)
+
+
+@pytest.fixture
+def publisher():
+    publisher = SharedMemoryPublisher()
+    yield publisher
+    publisher.close()
+    publisher.close()
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {
+        "float32": torch.randn(7, 3),
+        "bfloat16": torch.randn(5, 2).bfloat16(),
+        "float16": torch.randn(3).half(),
+        "float64": torch.randn(2, 2, 2, dtype=torch.float64),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "a view": torch.randn(6, 4).T[1:3],
+        "a name beyond ascii: β": torch.randn(2),
+    }
+
+
+def test_what_safetensors_reads_is_what_was_published(publisher):
+    sent = tensors()
+    path, nbytes = publisher.publish(sent, version=3)
+    received = load_file(path)
+    assert received.keys() == sent.keys()
+    for name, tensor in sent.items():
+        assert received[name].dtype == tensor.dtype
+        assert torch.equal(received[name], tensor), name
+    assert nbytes == sum(t.numel() * t.element_size() for t in sent.values())
+
+
+def test_a_published_version_does_not_change_with_the_model(publisher):
+    model = torch.nn.Linear(2, 2)
+    path, _ = publisher.publish(model.state_dict(), version=0)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert torch.equal(load_file(path)["weight"], before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(publisher, bad):
+    sent = tensors()
+    sent["bfloat16"][1, 1] = bad
+    open_before = open_files()
+    with pytest.raises(NonFiniteWeights, match="bfloat16 of version 4"):
+        publisher.publish(sent, version=4)
+    assert open_files() == open_before
+
+
+def test_two_versions_are_kept_and_no_more(publisher):
+    open_before = open_files()
+    paths = [publisher.publish(tensors(seed), version=seed)[0] for seed in range(5)]
+    assert open_files() - open_before == KEPT_VERSIONS == 2
+    for seed, path in enumerate(paths[-2:], start=3):
+        assert torch.equal(load_file(path)["float32"], tensors(seed)["float32"])
+    publisher.close()
+    assert open_files() == open_before
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_version_has_no_name_in_any_file_system(publisher):
+    path, nbytes = publisher.publish(tensors(), version=3)
+    target = os.readlink(path)
+    assert re.fullmatch(r"/memfd:distrl-weights-3 \(deleted\)", target)
+    assert os.stat(path).st_nlink == 0 and os.stat(path).st_size > nbytes
+
+
+PUBLISH_AND_WAIT = """
+import sys, torch
+from distrl.sync.memory import SharedMemoryPublisher
+publisher = SharedMemoryPublisher()
+print(publisher.publish({"w": torch.arange(6.)}, version=1)[0], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_can_read_it_until_its_owner_is_killed():
+    owner = subprocess.Popen(
+        [sys.executable, "-c", PUBLISH_AND_WAIT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with owner:
+        assert owner.stdout is not None
+        path = owner.stdout.readline().strip()
+        assert path.startswith(f"/proc/{owner.pid}/fd/")
+        assert load_file(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        assert not Path(path).exists()
+
+
+def test_an_image_is_relayed_to_the_byte(publisher):
+    path, _ = publisher.publish(tensors(), version=6)
+    elsewhere = SharedMemoryPublisher()
+    image = np.fromfile(path, dtype=np.uint8)
+    copy = elsewhere.relay(memoryview(image), version=6)
+    assert copy != path and Path(copy).read_bytes() == Path(path).read_bytes()
+    assert load(Path(copy).read_bytes()).keys() == tensors().keys()
+    elsewhere.close()
+
+
+def test_a_tied_head_is_sent_as_a_tensor_of_its_own(tiny_policy, publisher):
+    model = load_policy(tiny_policy)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    assert head not in dict(model.named_parameters()), "the two are tied"
+    sent = checkpoint_tensors(model)
+    assert torch.equal(sent[head], sent[embedding])
+    assert sent[head].data_ptr() != sent[embedding].data_ptr()
+    assert sent.keys() == model.state_dict().keys()
+    path, _ = publisher.publish(sent, version=0)
+    with safe_open(path, framework="pt") as image:
+        assert {embedding, head} <= set(image.keys())
+
+
+def test_a_publication_carries_the_learners_own_numbers_on_a_probe(tiny_policy, publisher):
+    model = load_policy(tiny_policy)
+    weights = publish(model, publisher, version=2, vocab=300, probe_tokens=16)
+    assert (weights.version, weights.transport, len(weights.probe_ids)) == (2, "shm", 16)
+    assert weights.nbytes == sum(t.nbytes for t in load_file(weights.locator).values())
+    for place in range(1, 16):  # slowly, one prefix after the other
+        ids = torch.from_numpy(weights.probe_ids[:place]).long()[None]
+        with torch.no_grad():
+            expected = torch.log_softmax(model(input_ids=ids).logits[0, -1], -1)
+        got = weights.probe_logprobs[place - 1]
+        assert got == pytest.approx(expected[weights.probe_ids[place]].item(), abs=1e-5)
+
+
+def test_the_probe_sees_a_head_that_stayed_behind(tiny_policy):
+    """What makes the canary worth its time: another head gives other numbers, by far."""
+    model, moved = load_policy(tiny_policy), load_policy(tiny_policy)
+    with torch.no_grad():
+        moved.get_output_embeddings().weight.add_(
+            0.05 * torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+        )
+    probe = probe_ids(300, 24)
+    assert np.array_equal(probe, probe_ids(300, 24)) and len(set(probe)) > 16
+    assert np.abs(probe_logprobs(model, probe) - probe_logprobs(moved, probe)).max() > 0.01

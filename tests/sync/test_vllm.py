@@ -1,0 +1,107 @@
+"""The engine's half of the transport, inside vLLM but without an engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distrl.sync import vllm_plugin
+from distrl.sync.memory import SharedMemoryPublisher
+
+pytestmark = pytest.mark.slow  # vLLM takes seconds to import
+
+
+def test_the_plugin_is_found_by_vllm_and_registers_once(monkeypatch):
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="distrl")
+    register = entry.load()
+    registered = []
+    add = WeightTransferEngineFactory.register_engine
+    monkeypatch.setattr(WeightTransferEngineFactory, "_registry", {})
+    monkeypatch.setattr(
+        WeightTransferEngineFactory,
+        "register_engine",
+        lambda name, *where: (registered.append(name), add(name, *where)),
+    )
+    register()
+    register()
+    assert registered == [vllm_plugin.BACKEND]
+    engine = WeightTransferEngineFactory._registry[vllm_plugin.BACKEND]()
+    assert engine.__name__ == "SharedMemoryTransfer"
+
+
+class Model:
+    def load_weights(self, weights):
+        self.loaded = dict(weights)
+
+
+@pytest.fixture
+def transfer():
+    from distrl.sync.vllm_transfer import SharedMemoryTransfer
+
+    transfer = object.__new__(SharedMemoryTransfer)  # its base wants a whole engine's config
+    transfer.__dict__.update(SimpleNamespace(model=Model(), device=torch.device("cpu")).__dict__)
+    return transfer
+
+
+def test_an_image_reaches_the_models_loader(transfer):
+    from distrl.sync.vllm_transfer import SharedMemoryUpdate
+
+    publisher = SharedMemoryPublisher()
+    sent = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    path, nbytes = publisher.publish(sent, version=1)
+    assert nbytes == 32
+    transfer.receive_weights(SharedMemoryUpdate(path=path, nbytes=nbytes))
+    assert all(torch.equal(transfer.model.loaded[name], sent[name]) for name in sent)
+    with pytest.raises(ValueError, match="32 bytes of weights where 40 were sent"):
+        transfer.receive_weights(SharedMemoryUpdate(path=path, nbytes=40))
+    publisher.close()
+
+
+def test_a_registered_child_ends_with_the_process_that_started_it():
+    """Only where it is told so: other users of vLLM on this machine must not notice us."""
+    for mark, ends in [("{pid}", True), ("1", False)]:
+        assert child_ends_with_parent(mark) is ends
+
+
+CHILD = """
+import sys, time
+from unittest.mock import MagicMock
+sys.modules["vllm.distributed.weight_transfer.factory"] = MagicMock()  # slow to import
+from distrl.sync.vllm_plugin import register
+register()
+print("ready", flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import os, subprocess, sys, time
+env = os.environ | {{"{vllm_plugin.DIE_WITH_PARENT}": sys.argv[1].format(pid=os.getpid())}}
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], env=env, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def child_ends_with_parent(mark: str) -> bool:
+    import psutil
+
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, mark, CHILD], stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait()
+        gone, alive = psutil.wait_procs([child], timeout=3)
+        for process in alive:
+            os.kill(process.pid, 9)
+        return bool(gone)
