@@ -40,7 +40,7 @@ class Gate:
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
-        self.waiting: list[tuple[Prompt, asyncio.Future[RequestOutputCollector]]] = []
+        self.waiting: dict[asyncio.Future[RequestOutputCollector], Prompt] = {}
 
     @property
     def full(self) -> bool:
@@ -61,12 +61,16 @@ class VLLMGenerator:
         self._proven = asyncio.Event()
         self._bad_loads = 0
         self._gate: Gate | None = None
+        self._releasing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the engine; it holds the checkpoint's weights, as version 0."""
+        await self._launch()
+        self._proven.set()
+
+    async def _launch(self) -> None:
         self._engine = start_engine(self.spec)
         await self._engine.update_weight_version("0")
-        self._proven.set()
 
     @property
     def engine(self) -> AsyncLLM:
@@ -110,25 +114,50 @@ class VLLMGenerator:
         if gate is None:
             return await self._alive(self._add(prompt))
         queued: asyncio.Future[RequestOutputCollector] = asyncio.Future()
-        gate.waiting.append((prompt, queued))
+        gate.waiting[queued] = prompt
         if gate.full:
             self._gate = None
-            await self._alive(self._release(gate))
-        return await queued
+            # A task of its own: whoever gives up waiting must not leave the engine paused.
+            self._releasing = asyncio.create_task(self._release(gate))
+        try:
+            return await self._alive(queued)
+        except asyncio.CancelledError:
+            gate.waiting.pop(queued, None)
+            raise
 
     async def _release(self, gate: Gate) -> None:
+        """Start a whole batch; each who waits gets its request, or the reason why not."""
+        try:
+            collectors = await self._add_all(gate)
+        except Exception as error:  # whatever it was: nobody may wait for ever
+            for queued in gate.waiting:
+                if not queued.done():
+                    queued.set_exception(error)
+            return
+        for queued, collector in collectors.items():
+            if queued.cancelled():
+                await self.engine.abort(collector.request_id, internal=True)
+            else:
+                queued.set_result(collector)
+
+    async def _add_all(
+        self, gate: Gate
+    ) -> dict[asyncio.Future[RequestOutputCollector], RequestOutputCollector]:
         """Queue a whole batch while the engine stands still, then let it run.
 
         Sorted, so that the order of arrival is no matter. The question whether the
         engine is paused travels behind the requests in the same queue: its answer
         proves that all of them have arrived.
         """
+        ordered = sorted(gate.waiting.items(), key=lambda entry: entry[1].index)
         async with self._updating:
             await self.engine.pause_generation(mode="keep", clear_cache=False)
-            for prompt, queued in sorted(gate.waiting, key=lambda entry: entry[0].index):
-                queued.set_result(await self._add(prompt))
-            await self.engine.is_paused()
-            await self.engine.resume_generation()
+            try:
+                collectors = {queued: await self._add(prompt) for queued, prompt in ordered}
+                await self.engine.is_paused()
+            finally:
+                await self.engine.resume_generation()
+        return collectors
 
     async def _add(self, prompt: Prompt) -> RequestOutputCollector:
         return await self.engine.add_request(
@@ -215,7 +244,7 @@ class VLLMGenerator:
             await self.engine.start_weight_update()
             await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update))
             await self.engine.finish_weight_update(weight_version=str(weights.version))
-        except Exception as error:
+        except Exception as error:  # vLLM hands on its workers' errors as plain Exception
             raise WorkerDied(f"{self.name}: weight transfer failed: {error}") from error
         await self.engine.resume_generation()
 
@@ -249,10 +278,12 @@ class VLLMGenerator:
     # -- life ---------------------------------------------------------------------
 
     async def restart(self) -> None:
-        """Start the engine anew in this process."""
+        """Start the engine anew in this process. No rollout leaves before `load_weights`."""
         await self.close()
+        self._proven.clear()
         self._bad_loads += 1
-        await self.start()
+        self._gate = None
+        await self._launch()
 
     async def close(self) -> None:
         """Stop the engine and its processes. May be called twice."""

@@ -84,7 +84,9 @@ def to_experience(batch: RolloutBatch) -> Experience:
 
 def _padded(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(
-        [torch.as_tensor(row).to(dtype) for row in rows], batch_first=True
+        # Copies: rows out of an object store are read-only, which torch cannot express.
+        [torch.tensor(row, dtype=dtype) for row in rows],
+        batch_first=True,
     )
 
 

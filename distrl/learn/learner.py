@@ -121,6 +121,7 @@ class PPOLearner:
         )
         metrics = measure(batch, prepared, version=self.version) | part_means(groups)
         metrics["kl/coef"] = self.kl.coef
+        metrics["learn/lr"] = self._rate(self.config.lr)
         reports, norms = self._optimise(batch, prepared)
         self.step += 1
         skipped = not norms
@@ -129,9 +130,9 @@ class PPOLearner:
             self.kl.update(metrics["kl/ref"], len(batch))
             metrics |= _means(reports, norms)
         metrics["learn/skipped_steps"] = float(self.skips)
-        metrics["learn/lr"] = self._rate(self.config.lr)
         metrics["time/learn_compute"] = time.monotonic() - began
-        return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=metrics)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=finite)
 
     def _optimise(
         self, batch: Experience, prepared: Prepared
@@ -143,8 +144,8 @@ class PPOLearner:
             report = backward(
                 batch, prepared, index, self.policy, self.critic, self.config, self.spec.temperature
             )
-            norm = self._apply()
-            if not (math.isfinite(norm) and math.isfinite(report.policy_loss + report.value_loss)):
+            norm = self._apply(report)
+            if not math.isfinite(norm):
                 self._skip(batch, report, norm)
                 return reports, norms
             reports.append(report)
@@ -152,15 +153,16 @@ class PPOLearner:
         self.skips_in_a_row = 0
         return reports, norms
 
-    def _apply(self) -> float:
+    def _apply(self, report: MinibatchReport) -> float:
         """Clip and step both optimizers; returns the policy's gradient norm before clipping.
 
-        Nothing is applied where either norm is not finite, and NaN comes back.
+        Nothing is applied where a loss or a norm is not finite, and NaN comes back.
         """
         clip = self.config.grad_clip
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
         critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
-        finite = bool(torch.isfinite(norm) & torch.isfinite(critic_norm))
+        losses = report.policy_loss + report.value_loss
+        finite = math.isfinite(losses) and math.isfinite(norm) and math.isfinite(critic_norm)
         if finite:
             for optimizer, peak in (
                 (self.policy_optimizer, self.config.lr),
