@@ -11,28 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import AliasChoices, Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
+from distrl.cli.help import did_you_mean, print_help
 from distrl.config import Config, ConfigError, preset_path, read_yaml
 
 
 class CommandLine(Config, BaseSettings):
-    """Every section of the configuration, and what only a command line has."""
+    """Every section of the configuration, and what only a command line has (see `help.FLAGS`)."""
 
     model_config = SettingsConfigDict(
         extra="forbid", protected_namespaces=(), cli_implicit_flags=True, cli_avoid_json=True
     )
 
-    preset: str | None = Field(None, description="a named recipe: demo, smollm2")
-    config: Path | None = Field(None, description="a YAML file of sections; goes over the preset")
-    dry_run: bool = Field(
-        False,
-        validation_alias=AliasChoices("dry-run", "dry_run"),
-        description="print the resolved configuration and what would be placed where, and stop",
-    )
-    resume: bool = Field(False, description="go on with the run that is in the run directory")
-    fresh: bool = Field(False, description="redo finished stages, deleting what they left")
+    preset: str | None = None
+    config: Path | None = None
+    dry_run: bool = Field(default=False, validation_alias=AliasChoices("dry-run", "dry_run"))
+    resume: bool = False
+    fresh: bool = False
 
+
+EXPLAINED = "'distrl train --help' explains them all"
 
 FLAGS = ("preset", "config", "dry_run", "resume", "fresh")
 
@@ -48,22 +52,14 @@ class Options:
 
 
 def parse(command: str, about: str, argv: list[str], default_preset: str | None = None) -> Options:
-    """Read `argv` for `distrl <command>`. `--help` prints every field and exits.
+    """Read `argv` for `distrl <command>`. `--help` prints every setting and exits.
 
     Raises ConfigError with a line for each wrong field.
     """
-    source = CliSettingsSource[Any](
-        CommandLine,
-        cli_prog_name=f"distrl {command}",
-        cli_parse_args=argv,
-        cli_exit_on_error=True,
-        cli_hide_none_type=True,
-    )
-    source.root_parser.description = about
-    source.root_parser.usage = (
-        f"distrl {command} [--preset NAME] [--config FILE.yaml] [--section.field VALUE ...]"
-    )
-    given = source()
+    if {"-h", "--help"} & set(argv):
+        print_help(command, about)
+        raise SystemExit(0)
+    given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
     values: dict[str, Any] = {}
     preset = flags["preset"] or (default_preset if flags["config"] is None else None)
@@ -77,6 +73,22 @@ def parse(command: str, about: str, argv: list[str], default_preset: str | None 
         resume=bool(flags["resume"]),
         fresh=bool(flags["fresh"]),
     )
+
+
+def _given(argv: list[str]) -> dict[str, Any]:
+    """What stands on the command line, by section. Raises ConfigError for words it cannot read."""
+    source = CliSettingsSource[Any](CommandLine, cli_exit_on_error=False)
+    try:
+        return dict(source(args=argv)())
+    except SettingsError as error:
+        trouble = str(error).removeprefix("error parsing CLI: ")
+        unknown = [word for word in trouble.split() if word.startswith("--")]
+        if not trouble.startswith("unrecognized arguments") or not unknown:
+            raise ConfigError(f"{trouble}; {EXPLAINED}") from None
+        name = unknown[0].split("=")[0]
+        raise ConfigError(
+            f"no setting {name}{did_you_mean(name.removeprefix('--'), '--')}; {EXPLAINED}"
+        ) from None
 
 
 def validated(values: dict[str, Any]) -> Config:
@@ -93,7 +105,8 @@ def validated(values: dict[str, Any]) -> Config:
 
 def _plain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
-        return "no such setting; 'distrl train --help' lists them all"
+        name = ".".join(str(part) for part in problem["loc"])
+        return f"no such setting{did_you_mean(name)}; {EXPLAINED}"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
     return message if isinstance(given, dict) else f"{message}; got {given!r}"
@@ -104,8 +117,9 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     out = dict(below)
     for key, value in above.items():
         mine = out.get(key)
-        both = isinstance(mine, dict) and isinstance(value, dict)
-        out[key] = merged(mine, value) if both else value
+        if isinstance(mine, dict) and isinstance(value, dict):
+            value = merged(mine, value)
+        out[key] = value
     return out
 
 

@@ -1,0 +1,116 @@
+"""`--help`: every setting by section, with its type, its default and what it means."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from distrl.config import PRESETS, Config
+
+PLAIN_WIDTH = 120
+"""Columns of the help where the output is no terminal."""
+
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+
+FLAGS = {
+    "--preset NAME": "a recipe that comes with distrl: "
+    + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))),
+    "--config FILE.yaml": "your own settings, by section; they go over the preset's",
+    "--dry-run": "print the resolved settings and what would be placed where, and stop",
+    "--resume": "go on with the run that is in the run directory",
+    "--fresh": "do it anew, deleting what this command left in the run directory",
+}
+
+
+def usage(command: str) -> str:
+    return (
+        f"usage: distrl {command} [--preset NAME] [--config FILE.yaml] [--section.field VALUE ...]"
+    )
+
+
+def print_help(command: str, about: str) -> None:
+    """Everything that can be said on the command line, for people."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(f"{usage(command)}\n\n{about[0].upper()}{about[1:]}.\n")
+    console.print(_table((name, "", text) for name, text in FLAGS.items()))
+    for section, model in sections():
+        console.print(f"\n{section}", style="bold", end="")
+        console.print(f": {(model.__doc__ or '').splitlines()[0]}")
+        console.print(_table(_rows(section, model)))
+
+
+def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, model) of each section, those within a section after it."""
+    for name, field in model.model_fields.items():
+        if _is_section(field):
+            yield f"{prefix}{name}", field.annotation
+            yield from sections(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def settings() -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted name, field) of every setting that has a value of its own."""
+    for section, model in sections():
+        for name, field in model.model_fields.items():
+            if not _is_section(field):
+                yield f"{section}.{name}", field
+
+
+def did_you_mean(name: str, dashes: str = "") -> str:
+    """' (did you mean …?)' where a setting is called almost like `name`, else nothing."""
+    close = get_close_matches(name, [known for known, _ in settings()], n=1, cutoff=0.75)
+    return f" (did you mean {dashes}{close[0]}?)" if close else ""
+
+
+def _rows(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        if not _is_section(field):
+            kind, choices = _kind(field.annotation)
+            yield (
+                f"--{section}.{name} {kind}".rstrip(),
+                _default(field.default),
+                f"{field.description}{choices}",
+            )
+
+
+def _kind(annotation: Any) -> tuple[str, str]:
+    """What stands for the value in the help, and the choices where there are some."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    if get_origin(annotation) is Literal:
+        return "NAME", f" ({', '.join(get_args(annotation))})"
+    if get_origin(annotation) is tuple:
+        first, second = get_args(annotation)
+        return ("JSON", "") if second is Ellipsis else (f"{METAVARS[first]},{METAVARS[second]}", "")
+    return ("", " (or --no-…)") if annotation is bool else (METAVARS[annotation], "")
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _table(rows: Any) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(min_width=37, no_wrap=True)
+    table.add_column(min_width=12, max_width=24, overflow="fold", style="cyan")
+    table.add_column(ratio=1)
+    for option, default, text in rows:
+        table.add_row(f"  {option}", default, text)
+    return table
