@@ -9,6 +9,7 @@ from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli.evaluate import evaluate
 from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
+from distrl.cli.stages import claimed
 from distrl.cli.train import prepare_stages, report, train
 from distrl.config import Config
 
@@ -20,25 +21,21 @@ def run(about: str, argv: list[str]) -> int:
         print_plan(config)
         return 0
     began = time.monotonic()
-    prepare_stages(config, fresh=options.fresh)
-    if _finished(config) and not options.fresh:
-        print(f"PPO: finished before, reusing {config.run.dir / 'policy'}", flush=True)
-    else:
-        status = report(config, train(_going_on(options)))
-        if status:
+    options = _going_on(options)
+    with claimed(config, resume=options.resume, fresh=options.fresh) as directory:
+        prepare_stages(config, fresh=options.fresh)
+        if _finished(config, directory):
+            print(f"PPO: finished before, reusing {config.run.dir / 'policy'}", flush=True)
+        elif status := report(config, train(options, directory)):
             return status
     evaluate(config)
     print(_next(config, time.monotonic() - began), flush=True)
     return 0
 
 
-def _finished(config: Config) -> bool:
-    newest = Checkpoints(RunDir(config.run.dir).checkpoints).committed()
-    return (
-        bool(newest)
-        and max(newest) >= config.driver.steps
-        and RunDir(config.run.dir).policy.exists()
-    )
+def _finished(config: Config, directory: RunDir) -> bool:
+    committed = Checkpoints(directory.checkpoints).committed()
+    return max(committed, default=0) >= config.driver.steps and directory.policy.exists()
 
 
 def _going_on(options: Options) -> Options:

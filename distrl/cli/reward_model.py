@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import ensure_reward_model, ensure_sft, reward_stage
+from distrl.cli.stages import claimed, ensure_reward_model, ensure_sft, reward_model_folder
 
 
 def run(about: str, argv: list[str]) -> int:
@@ -12,7 +12,8 @@ def run(about: str, argv: list[str]) -> int:
     if options.dry_run:
         print_plan(options.config)
         return 0
-    ensure_sft(options.config)
-    ensure_reward_model(options.config, fresh=options.fresh)
-    print(f"reward model: {reward_stage(options.config).folder / 'model'}")
+    with claimed(options.config, resume=True, fresh=False):
+        ensure_sft(options.config)
+        ensure_reward_model(options.config, fresh=options.fresh)
+    print(f"reward model: {reward_model_folder(options.config)}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import ensure_sft, sft_stage
+from distrl.cli.stages import claimed, ensure_sft, policy_folder
 
 
 def run(about: str, argv: list[str]) -> int:
@@ -12,6 +12,7 @@ def run(about: str, argv: list[str]) -> int:
     if options.dry_run:
         print_plan(options.config)
         return 0
-    ensure_sft(options.config, fresh=options.fresh)
-    print(f"policy: {sft_stage(options.config).folder / 'policy'}")
+    with claimed(options.config, resume=True, fresh=False):
+        ensure_sft(options.config, fresh=options.fresh)
+    print(f"policy: {policy_folder(options.config)}")
     return 0

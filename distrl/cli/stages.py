@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrl.config import Config, ConfigError
+from distrl.checkpoint import RunDir
+from distrl.config import Config, ConfigError, dump_yaml
 from distrl.data.smollm2 import resolve_model
 from distrl.metrics import stage_progress
 
@@ -33,7 +34,9 @@ class Stage:
         return path.exists() and json.loads(path.read_text()) == self.settings
 
     def finish(self) -> None:
-        (self.folder / "stage.json").write_text(json.dumps(self.settings, indent=1))
+        temporary = self.folder / "stage.json.tmp"
+        temporary.write_text(json.dumps(self.settings, indent=1))
+        temporary.replace(self.folder / "stage.json")
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -85,11 +88,39 @@ def reward_model_folder(config: Config) -> Path | None:
     return Path(models[0]) if models else None
 
 
+def claimed(config: Config, *, resume: bool, fresh: bool) -> RunDir:
+    """The run directory, taken for this process before any stage in it is touched.
+
+    Raises RunDirError: another process has it, or it holds a run that was made with other
+    settings, or that neither `resume` nor `fresh` was said of.
+    """
+    directory = RunDir(config.run.dir.resolve())
+    return directory.create(dump_yaml(config), resume=resume, fresh=fresh)
+
+
+def check_context(config: Config) -> None:
+    """Prompt + response beyond the positions of `model.path`: said now, not by the engine.
+
+    A new model's own context is checked with the configuration. Raises ConfigError.
+    """
+    folder = resolve_model(config.model.path)
+    if folder is None:
+        return
+    context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    longest = max(config.sequence_tokens, config.generate.max_model_len or 0)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"data.max_prompt_tokens + generate.max_new_tokens (or generate.max_model_len) = "
+            f"{longest} is beyond the {context} positions of {folder}; shorten one"
+        )
+
+
 def ensure_sft(config: Config, *, fresh: bool = False) -> None:
     """Run the SFT stage unless it is finished or not wanted (`sft.epochs=0`)."""
     from distrl.learn.sft import run_sft
 
     if not config.sft.epochs:
+        print(f"SFT: none (sft.epochs=0), the policy is {config.model.path}", flush=True)
         return
     stage = sft_stage(config)
     if stage.finished() and not fresh:
@@ -111,6 +142,7 @@ def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
     from distrl.learn.reward_model import run_reward_model
 
     if config.score.parts:
+        print("Reward model: none to train, score.parts names the rewards", flush=True)
         return
     stage = reward_stage(config)
     if stage.finished() and not fresh:

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from distrl.actors.cluster import check_demands, connected, demands
-from distrl.actors.launch import Cast, launched
+from distrl.actors.launch import launched
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
 from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
+    check_context,
+    claimed,
     ensure_reward_model,
     ensure_sft,
     policy_folder,
     reward_model_folder,
 )
-from distrl.config import Config, ConfigError, dump_yaml
+from distrl.config import Config, ConfigError
 from distrl.data.sources import load_prompts
 from distrl.data.stream import PromptStream
 from distrl.data.tokenizer import load_tokenizer
@@ -45,13 +47,15 @@ def run(about: str, argv: list[str]) -> int:
     if options.dry_run:
         print_plan(options.config)
         return 0
-    prepare_stages(options.config, fresh=False)
-    return report(options.config, train(options))
+    with claimed(options.config, resume=options.resume, fresh=options.fresh) as directory:
+        prepare_stages(options.config, fresh=False)
+        return report(options.config, train(options, directory))
 
 
 def prepare_stages(config: Config, *, fresh: bool) -> None:
     """The stages that PPO stands on, and every check that needs no actor."""
     check_local_gpus(config)
+    check_context(config)
     ensure_sft(config, fresh=fresh)
     ensure_reward_model(config, fresh=fresh)
 
@@ -85,23 +89,23 @@ def report(config: Config, summary: Summary) -> int:
     return 0
 
 
-def train(options: Options) -> Summary:
-    """Run PPO in the run directory, from nothing or from its newest checkpoint."""
+def train(options: Options, directory: RunDir) -> Summary:
+    """Run PPO in the claimed run directory, from nothing or from its newest checkpoint."""
     config = options.config
     policy, reward_model = policy_folder(config), reward_model_folder(config)
     config = config.model_copy(
         update={"score": with_default_part(config.score, (reward_model or policy).resolve())}
     )
     source = prompt_stream(config, policy)
-    directory = RunDir(config.run.dir.resolve())
-    with directory.create(dump_yaml(options.config), resume=options.resume, fresh=options.fresh):
-        checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)
-        newest = checkpoints.latest() if options.resume else None
-        rewind_run(directory.path, newest.step if newest else 0)
-        with connected(config):
-            return asyncio.run(
-                _train(config, directory, checkpoints, newest, source, policy, reward_model)
-            )
+    checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)
+    newest = checkpoints.latest() if options.resume else None
+    rewind_run(directory.path, newest.step if newest else 0)
+    if newest is not None:
+        print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
+    with connected(config):
+        return asyncio.run(
+            _train(config, directory, checkpoints, newest, source, policy, reward_model)
+        )
 
 
 def prompt_stream(config: Config, policy: Path) -> PromptStream:
@@ -228,6 +232,3 @@ class _Tables:
                 ]
             )
         self._sink.table(step, "rollouts", self.COLUMNS, rows)
-
-
-__all__ = ["Cast", "prepare_stages", "report", "run", "train"]

@@ -1,0 +1,69 @@
+"""Every setting is explained, in every command, before anything heavy is started."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from distrl.cli import main
+from distrl.cli.help import did_you_mean, sections, settings
+from distrl.cli.main import COMMANDS
+from distrl.config import RewardPart
+
+
+def test_every_setting_has_a_description_in_one_line() -> None:
+    found = dict(settings()) | {
+        f"score.parts.{name}": field for name, field in RewardPart.model_fields.items()
+    }
+    assert len(found) > 90
+    for name, field in found.items():
+        assert field.description, f"{name} has no description"
+        assert "\n" not in field.description
+
+
+def test_every_section_says_what_it_is() -> None:
+    found = dict(sections())
+    assert {"run", "learn", "learn.kl", "cluster"} < found.keys()
+    for name, model in found.items():
+        assert model.__doc__ and model.__doc__.splitlines()[0].endswith("."), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: distrl {command} [--preset NAME]")
+    assert re.search(r"--learn\.kl\.coef FLOAT +0\.05 +price of a nat of KL", said)
+    assert re.search(r"--generate\.dtype NAME +float32 .*\(float32, bfloat16,", said)
+    assert re.search(r"--metrics\.wandb +yes ", said)
+    assert re.search(r"--learn\.epochs INT +1 ", said), "1 is a number, not a yes"
+    assert "learn.kl: The leash" in said
+    assert "demo, smollm2" in said
+    for name, _ in settings():
+        assert f"--{name}" in said
+
+
+def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"], ["-h"]):
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert all(command in said for command in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"distrl \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    said = capsys.readouterr().err
+    assert "no command 'trian'" in said and "reward-model" in said
+
+
+def test_a_near_miss_gets_a_hint_and_a_far_one_none() -> None:
+    assert did_you_mean("driver.max_stalenes") == " (did you mean driver.max_staleness?)"
+    assert did_you_mean("quux.zzz") == ""

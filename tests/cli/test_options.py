@@ -1,0 +1,160 @@
+"""From words to a configuration: what goes over what, and what is refused with its fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distrl.cli import main
+from distrl.cli.options import Options, merged, parse
+from distrl.config import ConfigError, dump_yaml
+
+
+def options(*argv: str, default_preset: str | None = None) -> Options:
+    return parse("train", "trains", list(argv), default_preset)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {name: mine}\nlearn: {lr: 1.0e-5, kl: {coef: 0.3}}\n")
+    return path
+
+
+def test_words_go_over_the_file_and_the_file_over_the_preset(recipe: Path) -> None:
+    config = options(
+        "--preset", "smollm2", "--config", str(recipe), "--learn.kl.target", "3"
+    ).config
+    assert config.driver.prompts_per_step == 8, "the preset's"
+    assert (config.run.name, config.learn.lr, config.learn.kl.coef) == ("mine", 1e-5, 0.3)
+    assert config.learn.kl.target == 3, "the command line's, beside what the file says of kl"
+    assert config.learn.critic_lr == 5e-6, "the preset's, in a section that the file has too"
+
+
+def test_a_word_beats_the_file(recipe: Path) -> None:
+    config = options("--config", str(recipe), "--learn.lr=2e-6", "--run.name", "other").config
+    assert (config.learn.lr, config.run.name) == (2e-6, "other")
+
+
+def test_the_default_preset_is_left_out_where_a_file_is_given(recipe: Path) -> None:
+    assert options(default_preset="demo").config.run.name == "demo"
+    given = options("--config", str(recipe), default_preset="smollm2").config
+    assert given.model.path is None
+
+
+def test_values_of_every_kind() -> None:
+    config = options(
+        *("--data.prompt_words", "1,3"),
+        *("--data.limit", "None"),
+        *("--learn.adam_betas", "0.8,0.9"),
+        *("--score.parts", '[{"name": "short", "function": "mine:short", "weight": -1}]'),
+        "--no-metrics.wandb",
+        "--data.chat",
+    ).config
+    assert config.data.prompt_words == (1, 3)
+    assert config.data.limit is None
+    assert config.learn.adam_betas == (0.8, 0.9)
+    assert config.score.parts[0].weight == -1
+    assert (config.metrics.wandb, config.data.chat) == (False, True)
+
+
+def test_flags() -> None:
+    given = options("--dry-run", "--resume")
+    assert (given.dry_run, given.resume, given.fresh) == (True, True, False)
+    assert options("--dry_run", "--fresh").fresh
+
+
+def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("run.name", "from-the-environment")
+    monkeypatch.setenv("RUN", '{"name": "from-the-environment"}')
+    assert options().config.run.name == "run"
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = options("--preset", "smollm2", "--learn.lr", "1e-6").config
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    assert options("--config", str(path)).config == config
+
+
+def test_merging_leaves_both_sides_alone() -> None:
+    below, above = {"a": {"x": 1, "y": {"z": 1}}, "b": 1}, {"a": {"y": {"w": 2}}, "b": {"c": 3}}
+    assert merged(below, above) == {"a": {"x": 1, "y": {"z": 1, "w": 2}}, "b": {"c": 3}}
+    assert below == {"a": {"x": 1, "y": {"z": 1}}, "b": 1}
+
+
+# What is refused, and what the message has to name: the field, and the way out.
+REFUSED = {
+    "unknown word": (["--learn.lrr", "1"], ["--learn.lrr", "--learn.lr?"]),
+    "unknown section": (["--lern.lr", "1"], ["--lern.lr", "--learn.lr?"]),
+    "stray word": (["train"], ["unrecognized arguments: train"]),
+    "no value": (["--learn.lr"], ["--learn.lr", "expected one argument"]),
+    "wrong type": (["--learn.lr", "fast"], ["learn.lr", "valid number", "'fast'"]),
+    "wrong choice": (["--learn.schedule", "odd"], ["learn.schedule", "'linear' or 'cosine'"]),
+    "out of range": (["--generate.temperature", "0"], ["generate.temperature", "greater than 0"]),
+    "no preset": (["--preset", "nope"], ["'nope'", "demo, smollm2"]),
+    "no file": (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
+    "minibatches": (["--learn.minibatches", "3"], ["learn.minibatches=3", "[1, 2, 4, 8"]),
+    "context": (["--generate.max_new_tokens", "500"], ["model.context=128", "raise"]),
+    "engine's context": (["--generate.max_model_len", "40"], ["generate.max_model_len=40"]),
+    "engine beyond the model": (["--generate.max_model_len", "512"], ["model.context=128"]),
+    "microbatch": (["--learn.micro_tokens", "16"], ["learn.micro_tokens=16", "raise it"]),
+    "canary": (["--sync.canary_tokens", "99"], ["sync.canary_tokens=99", "51 or less"]),
+    "heads": (["--model.heads", "7"], ["model.hidden=192", "model.heads=7"]),
+    "no policy": (["--sft.epochs", "0"], ["sft.epochs=0", "model.path"]),
+    "no GPU for nccl": (["--sync.transport", "nccl"], ["sync.transport=nccl", "use shm"]),
+    "reward part": (
+        ["--score.parts", '[{"name": "a"}]'],
+        ["'a'", "needs either model or function"],
+    ),
+    "controller": (
+        ["--learn.kl.kind", "adaptive", "--learn.kl.horizon", "25"],
+        ["learn.kl.horizon=25", "at least 26"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_status_2_before_any_actor(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, named = REFUSED[name]
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("an actor system was started"))
+    assert main(["train", *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("distrl train: ")
+    for part in named:
+        assert part in said
+    assert "Traceback" not in said
+
+
+def test_the_horizon_that_the_message_asks_for_is_taken() -> None:
+    options("--learn.kl.kind", "adaptive", "--learn.kl.horizon", "26")
+    options("--learn.kl.horizon", "1")  # fixed: the horizon is not used
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learn: {lrr: 1}", ["learn.lrr: no such setting", "learn.lr?"]),
+        ("lurn: {lr: 1}", ["lurn: no such setting"]),
+        ("learn: 3", ["learn:"]),
+        ("- a\n- b", ["mapping of sections"]),
+        ("learn: {lr: [", ["not YAML"]),
+        ("learn: {lr: -1}\ndriver: {steps: 0}", ["learn.lr:", "driver.steps:"]),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, named: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        options("--config", str(path))
+    for part in named:
+        assert part in str(refused.value)
+
+
+def test_every_preset_is_a_valid_recipe_with_a_name_of_its_own() -> None:
+    for name in ("demo", "smollm2"):
+        assert yaml.safe_load(dump_yaml(options("--preset", name).config))["run"]["name"] == name

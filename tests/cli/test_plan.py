@@ -1,0 +1,87 @@
+"""`--dry-run`: the whole configuration, what follows from it, what goes where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distrl.cli import main
+from distrl.cli.plan import parameters
+from distrl.config import Config
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("an actor system was started"))
+
+
+@pytest.mark.parametrize("command", ["demo", "sft", "reward-model", "train", "evaluate"])
+def test_dry_run_prints_and_touches_nothing(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "runs"
+    words = ["--run.root", str(root), "--generate.workers", "2", "--driver.max_staleness", "3"]
+    assert main([command, "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    resolved = yaml.safe_load(said[: said.index("What follows from it")])
+    assert Config.model_validate(resolved).generate.workers == 2
+    assert "128 = (max_staleness 3 + 1) x 32" in said
+    for role in ("learner", "generator", "scorer"):
+        assert role in said[said.index("Placement") :]
+    assert "GiB" in said
+    assert not root.exists()
+
+
+def test_more_gpus_than_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert main(["train", "--dry-run", "--generate.gpus", "2"]) == 1
+    said = capsys.readouterr().err
+    assert "a generator, which asks for 1 CPU, 2 GPU" in said
+    assert "1 GPU" in said.split("machines have")[1]
+    assert "generate.gpus" in said
+
+
+def test_the_sum_of_gpus_counts_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    words = ["--generate.gpus", "1", "--learn.gpus", "1"]
+    assert main(["train", "--dry-run", *words]) == 1
+    assert "needs 2 GPUs (1 learner(s) x 1, 1 generator(s) x 1)" in capsys.readouterr().err
+
+
+def test_gpus_are_missed_before_the_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("distrl.learn.sft.run_sft", lambda *_: pytest.fail("SFT was begun"))
+    assert main(["train", "--run.root", str(tmp_path), "--learn.gpus", "1"]) == 1
+    assert "a learner, which asks for 1 CPU, 1 GPU" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_too_short_a_context(
+    tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model.path", str(tiny_policy), "--generate.max_new_tokens", "117"]
+    assert main(["train", "--dry-run", *words]) == 2
+    said = capsys.readouterr().err
+    assert "129 is beyond the 128 positions" in said and "shorten" in said
+    assert main(["train", "--dry-run", *words[:-1], "116"]) == 0
+
+
+def test_parameters_are_those_of_the_model(tiny_policy: Path) -> None:
+    from distrl.data.tokenizer import load_tokenizer
+    from distrl.models import load_policy, new_llama
+
+    counted = sum(p.numel() for p in load_policy(tiny_policy).parameters())
+    assert parameters(Config.model_validate({"model": {"path": str(tiny_policy)}})) == (
+        pytest.approx(counted, rel=0.02)  # the file's header counts as a few more
+    )
+    config = Config.model_validate({"model": {"vocab": 300}})
+    new = new_llama(config.model, load_tokenizer(tiny_policy), seed=0)
+    assert parameters(config) == sum(p.numel() for p in new.parameters())

@@ -1,0 +1,189 @@
+"""A stage is made once for the same settings, and made again where they changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distrl.checkpoint import RunDirError
+from distrl.cli import main
+from distrl.cli.stages import (
+    claimed,
+    ensure_reward_model,
+    ensure_sft,
+    policy_folder,
+    reward_model_folder,
+    reward_stage,
+    sft_stage,
+)
+from distrl.config import Config, ConfigError, dump_yaml
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Training replaced by a note that it was begun; what it writes is one file."""
+    notes: list[str] = []
+
+    def sft(config: Config, out: Path, on_step: Any) -> Any:
+        notes.append("sft")
+        (out / "policy").mkdir(parents=True)
+        on_step(1, 1, {"loss": 1.0})
+        return SimpleNamespace(parameters=1e6, validation_loss=1.0, seconds=1.0)
+
+    def reward_model(config: Config, policy: Path, out: Path, on_step: Any) -> Any:
+        assert policy == sft_stage(config).folder / "policy"
+        notes.append("reward model")
+        (out / "model").mkdir(parents=True)
+        accuracy = {"0.5": SimpleNamespace(value=0.75, pairs=1000)}
+        return SimpleNamespace(held_out=SimpleNamespace(accuracy=accuracy), seconds=1.0)
+
+    monkeypatch.setattr("distrl.learn.sft.run_sft", sft)
+    monkeypatch.setattr("distrl.learn.reward_model.run_reward_model", reward_model)
+    return notes
+
+
+def config(root: Path, **sections: Any) -> Config:
+    return Config.model_validate({"run": {"name": "r", "root": str(root)}, **sections})
+
+
+def both(settings: Config, *, fresh: bool = False) -> None:
+    ensure_sft(settings, fresh=fresh)
+    ensure_reward_model(settings, fresh=fresh)
+
+
+def test_a_finished_stage_is_reused(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(config(tmp_path))
+    assert "75.0% of 1,000 held-out pairs" in capsys.readouterr().out
+    both(config(tmp_path, driver={"steps": 7}, learn={"lr": 1e-6}, score={"workers": 2}))
+    assert made == ["sft", "reward model"]
+    assert capsys.readouterr().out.count("finished before, reusing") == 2
+
+
+def test_fresh_makes_them_again(made: list[str], tmp_path: Path) -> None:
+    both(config(tmp_path))
+    (tmp_path / "r" / "sft" / "leftover").touch()
+    both(config(tmp_path), fresh=True)
+    assert made == ["sft", "reward model"] * 2
+    assert not (tmp_path / "r" / "sft" / "leftover").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ({"sft": {"lr": 1e-4}}, ["sft", "reward model"]),
+        ({"model": {"layers": 2}}, ["sft", "reward model"]),
+        ({"data": {"limit": 10}}, ["sft", "reward model"]),
+        ({"run": {"name": "r", "seed": 1}}, ["sft", "reward model"]),
+        ({"reward_model": {"lr": 1e-4}}, ["reward model"]),
+        # Its scale is measured on samples of the policy, so how these are drawn counts.
+        ({"generate": {"temperature": 0.7}}, ["reward model"]),
+        ({"generate": {"max_num_seqs": 7}}, []),
+    ],
+)
+def test_changed_settings_make_them_again(
+    changed: dict[str, Any], again: list[str], made: list[str], tmp_path: Path
+) -> None:
+    both(config(tmp_path))
+    made.clear()
+    if "run" in changed:
+        changed = {"run": changed["run"] | {"root": str(tmp_path)}}
+    both(config(tmp_path, **changed))
+    assert made == again
+
+
+def test_a_stage_that_was_cut_short_is_made_again(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        (tmp_path / "r" / "sft" / "policy").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distrl.learn.sft.run_sft", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_sft(config(tmp_path))
+    assert not sft_stage(config(tmp_path)).finished()
+    ensure_sft(config(tmp_path))
+    assert made == ["sft"]
+    assert sft_stage(config(tmp_path)).finished()
+
+
+def test_the_settings_are_kept_for_people_to_read(made: list[str], tmp_path: Path) -> None:
+    both(config(tmp_path))
+    kept = json.loads((tmp_path / "r" / "reward-model" / "stage.json").read_text())
+    assert kept["reward_model"]["epochs"] == config(tmp_path).reward_model.epochs
+    assert kept == reward_stage(config(tmp_path)).settings
+
+
+def test_without_sft_the_policy_is_the_models(
+    made: list[str], tiny_policy: Path, tmp_path: Path
+) -> None:
+    settings = config(tmp_path, sft={"epochs": 0}, model={"path": str(tiny_policy)})
+    ensure_sft(settings)
+    assert made == []
+    assert policy_folder(settings) == tiny_policy
+
+
+def test_the_critics_start(tmp_path: Path) -> None:
+    assert reward_model_folder(config(tmp_path)) == tmp_path / "r" / "reward-model" / "model"
+    rule = {"name": "rule", "function": "m:f"}
+    parts = [rule, {"name": "rm", "model": "there"}]
+    assert reward_model_folder(config(tmp_path, score={"parts": parts})) == Path("there")
+    with pytest.raises(ConfigError, match=r"learn\.value_from=policy"):
+        reward_model_folder(config(tmp_path, score={"parts": [rule]}))
+    fixed = config(tmp_path, score={"parts": [rule]}, learn={"value_from": "policy"})
+    assert reward_model_folder(fixed) is None
+
+
+def test_no_reward_model_is_trained_where_others_reward(made: list[str], tmp_path: Path) -> None:
+    parts = [{"name": "rule", "function": "m:f"}]
+    ensure_reward_model(config(tmp_path, score={"parts": parts}))
+    assert made == []
+
+
+def test_commands_make_the_stage_before(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--run.root", str(tmp_path), "--run.name", "r"]
+    assert main(["reward-model", *words]) == 0
+    assert made == ["sft", "reward model"]
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"reward model: {tmp_path / 'r' / 'reward-model' / 'model'}"
+    )
+    assert main(["sft", "--fresh", *words]) == 0
+    assert made == ["sft", "reward model", "sft"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"policy: {tmp_path / 'r/sft/policy'}"
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model", "train", "demo"])
+def test_a_run_keeps_the_stages_that_it_stands_on(
+    command: str, made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(config(tmp_path))
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "r" / "config.yaml").write_text(dump_yaml(config(tmp_path)))
+    made.clear()
+    words = ["--run.root", str(tmp_path), "--run.name", "r", "--sft.lr", "1e-4"]
+    assert main([command, *words]) == 1
+    assert made == []
+    said = capsys.readouterr().err
+    assert "--run.name" in said
+    if command != "train":  # which would begin another run here
+        assert "sft.lr: 0.002 -> 0.0001" in said
+
+
+def test_two_processes_do_not_share_a_run_directory(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(config(tmp_path), resume=False, fresh=False):
+        assert main(["train", "--run.root", str(tmp_path), "--run.name", "r"]) == 1
+        with pytest.raises(RunDirError, match="in use by process"):
+            claimed(config(tmp_path), resume=True, fresh=False)
+    assert made == []
+    assert "in use by process" in capsys.readouterr().err
