@@ -127,6 +127,24 @@ def test_bytes_in_the_buffer_stay_below_the_bound(world):
     assert peak == 4 * 32_000
 
 
+def test_a_batch_that_is_taken_makes_room_at_once(world):
+    """Not only when its step ends: the bytes left the buffer."""
+
+    async def hook(step, payloads):
+        await asyncio.sleep(1)  # the feed loop looks for room before the next batch is taken
+
+    generators = [FakeGenerator("g0", length=lambda prompt: 2000)]
+    learner = FakeLearner(seconds=fixed(20.0))
+    run = world(max_staleness=4, generators=generators, learner=learner, buffer_mib=0.2, hook=hook)
+
+    async def watch(driver):
+        await asyncio.sleep(30)  # in the second step; six groups fit beside it
+        assert driver._buffer.groups == 6
+        assert run.source.cursor == 4 + 4 + 6
+
+    run.run(watch)
+
+
 def test_a_skipped_step_publishes_nothing_and_frees_its_slots(world):
     run = world(max_staleness=1, steps=8, learner=FakeLearner(skip={2, 3, 6})).run()
     assert run.trained == list(range(32))

@@ -109,6 +109,39 @@ def test_stop_finishes_the_step_under_way_but_loads_no_weights(world):
     assert run.checkpoints.states[1]["version"] == 1
 
 
+def test_stop_while_waiting_for_groups_ends_at_once(world):
+    generators = [FakeGenerator("g0", seconds=fixed(100.0))]
+
+    async def stop(driver):
+        await asyncio.sleep(5)
+        driver.stop()
+
+    run = world(generators=generators).run(stop)
+    assert run.summary.seconds == 5.0 and run.summary.step == 0
+
+
+def test_nothing_is_admitted_after_stop(world):
+    """Drops go on while the learner ends its step; they are not replaced any more."""
+    generators = [FakeGenerator("g0", seconds=fixed(3.0))]
+    scorers = [FakeScorer("s0", faults=Faults(rate=0.5))]
+    learner = FakeLearner(seconds=fixed(50.0))
+    run = world(
+        max_staleness=3, generators=generators, scorers=scorers, learner=learner, attempts=1
+    )
+    issued = []
+
+    async def stop(driver):
+        while driver._progress.doing != "in the learner's step 1":
+            await asyncio.sleep(0.5)
+        assert driver._admission.in_flight
+        issued.append(run.source.cursor)
+        driver.stop()
+
+    run.run(stop)
+    assert [run.source.cursor] == issued
+    assert run.summary.step == 1
+
+
 def test_workers_that_die_while_the_run_ends_do_not_hurt_the_last_step(world):
     run = world(learner=FakeLearner(seconds=fixed(10.0)), max_restarts=0)
 
@@ -149,6 +182,7 @@ def test_cancelling_the_run_cancels_everything(world):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert asyncio.get_running_loop().time() == pytest.approx(3.3), "at once"
 
     run_virtual(main())  # raises LeftoverTasks where anything lives on
 
@@ -163,6 +197,13 @@ def test_the_watchdog_names_the_prompts_and_who_has_them(world):
     assert "(p2): with g0" in message
     assert "p0)" not in message
     assert "waiting for groups" in message
+
+
+def test_a_group_that_lands_is_progress(world):
+    durations = iter([50.0, 100.0, 150.0, 200.0])
+    generators = [FakeGenerator("g0", seconds=lambda: next(durations))]
+    run = world(generators=generators, stall_timeout_s=60, steps=1).run()
+    assert run.trained == [0, 1, 2, 3]
 
 
 def test_the_watchdog_sees_a_learner_that_hangs(world):

@@ -1,0 +1,150 @@
+"""Fleets by themselves: what a whole run shows only by luck."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from distrl.driver.fleet import Fleet, GroupLost
+from distrl.driver.generators import Generators
+from distrl.roles import RoleError, WorkerDied
+from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed, run_virtual
+
+
+def nobody(name: str) -> None:
+    """Ignores who has the work."""
+
+
+class Echo:
+    """A role of one method."""
+
+    def __init__(self, name):
+        self.name = name
+        self.restarts = 0
+
+    async def restart(self):
+        self.restarts += 1
+
+    async def close(self):
+        pass
+
+
+def fleet(*roles, max_restarts=3, tries=3):
+    spawned = []
+
+    def spawn(work):
+        spawned.append(asyncio.ensure_future(work))
+
+    return Fleet("echo", roles, max_restarts=max_restarts, tries=tries, spawn=spawn)
+
+
+def test_the_late_news_of_a_death_does_not_condemn_the_new_process():
+    """A call that was abandoned may take its time to fail; by then the worker is another one."""
+
+    async def dies_at_once():
+        raise WorkerDied("first")
+
+    async def dies_late():
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            await asyncio.sleep(10)
+            raise WorkerDied("late news") from None
+
+    async def main():
+        role = Echo("e0")
+        echoes = fleet(role)
+        (worker,) = echoes.workers
+        late = asyncio.ensure_future(echoes.call(worker, dies_late()))
+        await asyncio.sleep(1)
+        with pytest.raises(WorkerDied, match="first"):
+            await echoes.call(worker, dies_at_once())
+        await asyncio.sleep(5)
+        assert worker.state == "up" and role.restarts == 1
+        with pytest.raises(WorkerDied, match="late"):
+            await late
+        await asyncio.sleep(5)
+        assert worker.state == "up" and role.restarts == 1
+
+    run_virtual(main())
+
+
+def test_tries_move_between_workers_and_the_last_error_is_the_reason():
+    async def main():
+        echoes = fleet(Echo("e0"), Echo("e1"))
+        asked = []
+
+        async def fails(role):
+            asked.append(role.name)
+            raise RoleError(f"no {len(asked)}")
+
+        with pytest.raises(GroupLost, match="echo: RoleError: no 3"):
+            await echoes.do(fails, holder=nobody)
+        assert asked == ["e0", "e1", "e0"]
+        assert echoes.retries == 2
+
+    run_virtual(main())
+
+
+def test_a_cancelled_call_is_not_tried_again():
+    async def main():
+        echoes = fleet(Echo("e0"))
+        calls = []
+
+        async def sleeps(role):
+            calls.append(role)
+            await asyncio.sleep(100)
+
+        work = asyncio.ensure_future(echoes.do(sleeps, holder=nobody))
+        await asyncio.sleep(1)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert len(calls) == 1
+        assert asyncio.get_running_loop().time() == 1.0
+
+    run_virtual(main())
+
+
+def test_no_work_between_a_failed_load_and_the_next():
+    async def main():
+        role = FakeGenerator("g0", load_seconds=fixed(1.0), faults=Faults(load={2: "mismatch"}))
+        generators = Generators(
+            [role], max_restarts=1, tries=1, spawn=lambda work: pytest.fail("no recovery is due")
+        )
+        learner = FakeLearner(publish_seconds=fixed(0.0))
+        assert generators.usable() == []
+        await generators.load(await learner.publish())
+        assert len(generators.usable()) == 1
+        learner.version = 1
+        load = asyncio.ensure_future(generators.load(await learner.publish()))
+        await asyncio.sleep(0.5)
+        assert len(generators.usable()) == 1, "the old weights still serve"
+        await asyncio.sleep(1.0)
+        assert generators.usable() == []
+        await load
+        assert len(generators.usable()) == 1 and generators.reloads == 1
+
+    run_virtual(main())
+
+
+def test_a_restarting_generator_loads_what_was_published_meanwhile():
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            role = FakeGenerator("g0", load_seconds=fixed(2.0), restart_seconds=fixed(1.0))
+            generators = Generators([role], max_restarts=1, tries=1, spawn=tasks.create_task)
+            learner = FakeLearner(publish_seconds=fixed(0.0))
+            await generators.load(await learner.publish())
+            generators.condemn(generators.workers[0], WorkerDied("by the test"))
+            await asyncio.sleep(2)  # it restarted, and is loading version 0
+            learner.version = 1
+            began = asyncio.get_running_loop().time()
+            await generators.load(await learner.publish())
+            assert asyncio.get_running_loop().time() == began, "nobody waits for it"
+            await asyncio.sleep(2)
+            assert generators.usable() == []
+            await asyncio.sleep(2)
+            assert role.loaded == [0, 0, 1] and len(generators.usable()) == 1
+
+    run_virtual(main())
