@@ -51,6 +51,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         raise StateMismatch(
             f"{path} is of an optimizer with {len(state)} tensors, not {len(places)}"
         )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, moments in state.items():
+        for key, tensor in moments.items():
+            if tensor.ndim and tensor.shape != parameters[place].shape:
+                raise StateMismatch(f"{path}: {place}.{key} has shape {tuple(tensor.shape)}")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -1,0 +1,64 @@
+"""Small batches of scored rollouts, made by hand or by the policy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
+
+
+def sample(ids: Sequence[int], logprobs: Sequence[float], version: int = 0) -> Sample:
+    return Sample(
+        text="",
+        token_ids=np.asarray(ids, dtype=np.int32),
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        spans=(VersionSpan(version=version, start=0, end=len(ids)),),
+        finish_reason="stop" if ids[-1] == 2 else "length",
+    )
+
+
+def group(
+    prompt: Sequence[int], samples: Sequence[Sample], scores: Sequence[float], index: int = 0
+) -> ScoredRollout:
+    ids = np.asarray(prompt, dtype=np.int32)
+    asked = Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="", token_ids=ids)
+    rollout = Rollout(prompt=asked, samples=tuple(samples), generator="g0")
+    return ScoredRollout(
+        rollout=rollout,
+        scores=tuple(Score(value=value, parts={"liked": value}) for value in scores),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_groups() -> Callable[..., list[ScoredRollout]]:
+    """`make_groups(seed, groups, samples)`: random tokens, lengths, scores and log-probabilities.
+
+    Padding (0) and end (2) ids occur inside prompts and responses, where they are plain tokens.
+    """
+
+    def make(seed: int, groups: int = 4, samples: int = 3) -> list[ScoredRollout]:
+        rng = np.random.default_rng(seed)
+        out = []
+        for index in range(groups):
+            lengths = rng.integers(1, 12, samples)
+            rows = [rng.integers(0, 300, n) for n in lengths]
+            for row in rows[::2]:
+                row[-1] = 2
+            answers = [sample(row, -5.7 + 0.1 * rng.normal(size=len(row))) for row in rows]
+            prompt = rng.integers(0, 300, rng.integers(1, 9))
+            out.append(group(prompt, answers, rng.normal(size=samples).tolist(), index))
+        return out
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

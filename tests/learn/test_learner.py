@@ -1,0 +1,370 @@
+"""The learner: steps, skips, publication, state; and that it does learn."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distrl.config import LearnConfig
+from distrl.learn import learner as learner_module
+from distrl.learn.learner import LearnerSpec, LocalLearner, PPOLearner
+from distrl.learn.state import StateMismatch
+from distrl.metrics.names import unknown_names
+from distrl.models import sample
+from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
+from distrl.roles import LearnerFailed
+from distrl.sync.memory import NonFiniteWeights
+
+QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
+
+
+@pytest.fixture
+def new_learner(tiny_policy, tmp_path):
+    made = []
+
+    def make(total_steps: int = 10, **config) -> PPOLearner:
+        spec = LearnerSpec(
+            policy=tiny_policy,
+            reward_model=None,
+            config=LearnConfig.model_validate(QUICK | config),
+            total_steps=total_steps,
+            temperature=1.0,
+            seed=3,
+            canary_tokens=8,
+            scratch=tmp_path / "scratch",
+            threads=1,
+        )
+        made.append(PPOLearner(spec))
+        return made[-1]
+
+    yield make
+    for learner in made:
+        learner.close()
+
+
+def weights(learner: PPOLearner) -> list[torch.Tensor]:
+    modules = (learner.policy, learner.critic)
+    return [p.detach().clone() for m in modules for p in m.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def poison(learner: PPOLearner, monkeypatch, *, times: int) -> None:
+    """Make the gradients of the next minibatches NaN."""
+    backward, left = learner_module.backward, [times]
+
+    def poisoned(batch, prepared, index, policy, critic, *rest):
+        report = backward(batch, prepared, index, policy, critic, *rest)
+        if left[0] > 0:
+            left[0] -= 1
+            policy.get_input_embeddings().weight.grad[5, 5] = math.nan
+        return report
+
+    monkeypatch.setattr(learner_module, "backward", poisoned)
+
+
+# -- steps ----------------------------------------------------------------------------
+
+
+def test_a_step_changes_the_weights_and_the_version(new_learner, make_groups):
+    learner = new_learner()
+    before, reference = weights(learner), learner.reference.state_dict()
+    reference = {name: tensor.clone() for name, tensor in reference.items()}
+    report = learner.learn(make_groups(seed=1))
+    assert (report.step, report.version, report.skipped) == (1, 1, False)
+    after = weights(learner)
+    assert sum(not torch.equal(x, y) for x, y in zip(before, after, strict=True)) > 20
+    assert all(torch.equal(t, reference[n]) for n, t in learner.reference.state_dict().items())
+    assert learner.learn(make_groups(seed=2)).version == 2
+
+
+def test_every_metric_is_finite_and_known(new_learner, make_groups):
+    metrics = new_learner(kl={"kind": "adaptive"}).learn(make_groups(seed=1)).metrics
+    assert unknown_names(metrics) == []
+    assert all(math.isfinite(value) for value in metrics.values())
+    scores = [score.value for group in make_groups(seed=1) for score in group.scores]
+    assert metrics["reward/liked"] == pytest.approx(np.mean(scores))
+    assert metrics["kl/ref"] == pytest.approx(0, abs=1e-4), "the policy is still the reference"
+    assert metrics["kl/coef"] == 0.05
+    assert (metrics["staleness/max"], metrics["staleness/mean"]) == (0, 0)
+    assert metrics["mismatch/lag0_abs_mean"] > 0, "the log-probabilities of this batch are noise"
+    assert metrics["ppo/entropy"] == pytest.approx(math.log(300), abs=0.1)
+    assert metrics["grad/norm"] > 0 and metrics["time/learn_compute"] > 0
+    needed = {"loss/policy", "value/loss", "ppo/clip_fraction", "ppo/approx_kl", "ppo/ess"}
+    needed |= {"value/explained_variance", "learn/lr", "learn/skipped_steps"}
+    assert needed <= metrics.keys()
+
+
+def test_age_is_counted_from_the_version_of_the_gradient(new_learner, make_groups):
+    learner = new_learner()
+    for _ in range(2):
+        metrics = learner.learn(make_groups(seed=1)).metrics
+    assert (metrics["staleness/max"], metrics["staleness/mean"]) == (1, 1)
+    assert "mismatch/lag0_abs_mean" not in metrics, "no token is of the present version"
+
+
+def test_the_learning_rate_is_that_of_the_step(new_learner, make_groups):
+    learner = new_learner(total_steps=4, schedule="linear", warmup_steps=2)
+    rates = [learner.learn(make_groups(seed=1)).metrics["learn/lr"] for _ in range(4)]
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 0.5e-3])
+    (group,) = learner.critic_optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.5e-3)
+
+
+def test_the_same_seed_gives_the_same_bits(new_learner, make_groups):
+    made = []
+    for _ in range(2):
+        learner = new_learner(epochs=2)
+        for seed in (1, 2):
+            learner.learn(make_groups(seed=seed))
+        made.append(weights(learner))
+    assert same(*made)
+
+
+# -- what is not finite ---------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_leaves_every_bit_as_it_was(
+    new_learner, make_groups, monkeypatch, tmp_path
+):
+    learner = new_learner(kl={"kind": "adaptive"})
+    learner.learn(make_groups(seed=1))
+    before, coef = weights(learner), learner.kl.coef
+    with monkeypatch.context() as patch:
+        poison(learner, patch, times=1)
+        report = learner.learn(make_groups(seed=2))
+    assert (report.step, report.version, report.skipped) == (2, 1, True)
+    assert report.metrics["learn/skipped_steps"] == 1
+    assert same(weights(learner), before) and learner.kl.coef == coef
+    kept = load_file(tmp_path / "scratch" / "nonfinite_step_000002.safetensors")
+    assert kept["scores_B"].tolist() == pytest.approx(
+        [score.value for group in make_groups(seed=2) for score in group.scores]
+    )
+    report = learner.learn(make_groups(seed=3))
+    assert (report.step, report.version, report.skipped) == (3, 2, False)
+    assert report.metrics["learn/skipped_steps"] == 1 and not same(weights(learner), before)
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_even_where_its_gradient_is(
+    new_learner, make_groups, monkeypatch
+):
+    learner = new_learner()
+    before = weights(learner)
+    backward = learner_module.backward
+    monkeypatch.setattr(
+        learner_module,
+        "backward",
+        lambda *args: dataclasses.replace(backward(*args), policy_loss=math.inf),
+    )
+    assert learner.learn(make_groups(seed=1)).skipped
+    assert same(weights(learner), before)
+
+
+def test_a_critic_that_gives_nan_is_noticed_and_named(new_learner, make_groups):
+    learner = new_learner()
+    with torch.no_grad():
+        learner.critic.head.bias.fill_(math.nan)
+    before = [p.detach().clone() for p in learner.policy.parameters()]
+    for _ in range(2):
+        report = learner.learn(make_groups(seed=1))
+        assert report.skipped and unknown_names(report.metrics) == []
+        assert all(math.isfinite(value) for value in report.metrics.values())
+    with pytest.raises(
+        LearnerFailed, match=r"3 non-finite steps in a row.*value loss nan"
+    ) as failed:
+        learner.learn(make_groups(seed=1))
+    assert "nonfinite_step_000003.safetensors" in str(failed.value)
+    assert same([p.detach() for p in learner.policy.parameters()], before)
+    assert learner.version == 0
+
+
+def test_only_steps_in_a_row_stop_the_run(new_learner, make_groups, monkeypatch):
+    learner = new_learner()
+    for seed in range(5):
+        with monkeypatch.context() as patch:
+            poison(learner, patch, times=0 if seed == 2 else 1)
+            assert learner.learn(make_groups(seed=seed)).skipped == (seed != 2)
+    with monkeypatch.context() as patch:
+        poison(learner, patch, times=1)
+        with pytest.raises(LearnerFailed, match="gradient norm nan"):
+            learner.learn(make_groups(seed=6))
+
+
+def test_weights_that_are_not_finite_are_never_published(new_learner):
+    learner = new_learner()
+    assert learner.publish().version == 0
+    with torch.no_grad():
+        learner.policy.model.norm.weight[3] = math.inf
+    with pytest.raises(NonFiniteWeights, match=r"model\.norm\.weight of version 0"):
+        learner.publish()
+
+
+def test_what_is_published_is_the_policy_as_it_is_now(new_learner, make_groups):
+    learner = new_learner()
+    learner.learn(make_groups(seed=1))
+    published = learner.publish()
+    assert (published.version, len(published.probe_ids)) == (1, 8)
+    tensors = load_file(published.locator)
+    embedding = learner.policy.get_input_embeddings().weight
+    assert torch.equal(tensors["lm_head.weight"], embedding)
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
+
+
+# -- state ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken_after", [1, 2])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
+    new_learner, make_groups, tmp_path, broken_after
+):
+    config = {"epochs": 2, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01}
+    config["kl"] = {"kind": "adaptive", "target": 0.1, "horizon": 100}
+    unbroken = new_learner(**config)
+    for step in range(4):
+        last = unbroken.learn(make_groups(seed=step))
+    first = new_learner(**config)
+    for step in range(broken_after):
+        first.learn(make_groups(seed=step))
+    first.save(tmp_path / "state")
+    resumed = new_learner(**config)
+    resumed.load(tmp_path / "state")
+    for step in range(broken_after, 4):
+        report = resumed.learn(make_groups(seed=step))
+    assert same(weights(resumed), weights(unbroken))
+    assert resumed.kl.coef == unbroken.kl.coef != 0.05
+    untimed = lambda r: {k: v for k, v in r.metrics.items() if not k.startswith("time/")}  # noqa: E731
+    assert untimed(report) == untimed(last)
+    assert (report.step, report.version) == (last.step, last.version) == (4, 4)
+    for mine, theirs in (
+        (resumed.policy_optimizer, unbroken.policy_optimizer),
+        (resumed.critic_optimizer, unbroken.critic_optimizer),
+    ):
+        moments = [theirs.state_dict()["state"], mine.state_dict()["state"]]
+        for place, state in moments[0].items():
+            assert all(torch.equal(state[key], moments[1][place][key]) for key in state)
+
+
+def test_skips_in_a_row_are_counted_across_a_resume(
+    new_learner, make_groups, monkeypatch, tmp_path
+):
+    learner = new_learner()
+    poison(learner, monkeypatch, times=3)
+    for seed in (1, 2):
+        learner.learn(make_groups(seed=seed))
+    learner.save(tmp_path / "state")
+    resumed = new_learner()
+    resumed.load(tmp_path / "state")
+    with pytest.raises(LearnerFailed, match="3 non-finite steps"):
+        resumed.learn(make_groups(seed=3))
+
+
+def test_a_state_is_safetensors_and_json_alone(new_learner, make_groups, tmp_path):
+    learner = new_learner()
+    learner.learn(make_groups(seed=1))
+    learner.save(tmp_path / "state")
+    learner.export(tmp_path / "policy")
+    kinds = {p.suffix for d in ("state", "policy") for p in (tmp_path / d).iterdir()}
+    assert kinds == {".safetensors", ".json"}
+    assert json.loads((tmp_path / "state" / "learner.json").read_text())["version"] == 1
+
+
+def test_a_state_of_another_model_is_refused(new_learner, tmp_path):
+    new_learner().save(tmp_path / "state")
+    other = new_learner()
+    other.policy.resize_token_embeddings(310)
+    with pytest.raises(StateMismatch, match=r"embed_tokens.weight has shape \(300, 64\)"):
+        other.load(tmp_path / "state")
+
+
+def test_an_export_loads_in_transformers(new_learner, make_groups, tmp_path):
+    learner = new_learner()
+    learner.learn(make_groups(seed=1))
+    learner.export(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", local_files_only=True)
+    mine = learner.policy.state_dict()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in model.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy", local_files_only=True)
+    assert tokenizer("a good film").input_ids == learner.tokenizer("a good film").input_ids
+
+
+async def test_the_role_forwards_to_the_learner(new_learner, make_groups, tmp_path):
+    learner = new_learner()
+    role = LocalLearner(learner)
+    report = await role.learn(make_groups(seed=1))
+    assert report.version == 1 and (await role.publish()).version == 1
+    await role.save(tmp_path / "state")
+    await role.export(tmp_path / "policy")
+    await role.load(tmp_path / "state")
+    assert learner.version == 1
+    await asyncio.gather(role.close(), role.close())
+
+
+# -- does it learn? -------------------------------------------------------------------
+
+LIKED = slice(100, 150)
+"""A sixth of the vocabulary: the reward of a response is the share of its tokens in it."""
+
+
+def roll(learner: PPOLearner, step: int, groups: int = 16, samples: int = 4) -> list[ScoredRollout]:
+    """What a generator and a scorer would make, in this process."""
+    rng = np.random.default_rng((1, step))
+    prompts = [rng.integers(3, 300, 4, dtype=np.int32) for _ in range(groups)]
+    answers = sample(
+        learner.policy,
+        [p for p in prompts for _ in range(samples)],
+        max_new_tokens=12,
+        temperature=1.0,
+        eos=2,
+        seed=step,
+    )
+    made = []
+    for index, ids in enumerate(prompts):
+        mine = answers[index * samples : (index + 1) * samples]
+        asked = Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="", token_ids=ids)
+        rollout = Rollout(
+            prompt=asked,
+            samples=tuple(stamped(learner, ids, answer) for answer in mine),
+            generator="here",
+        )
+        likes = [float(((a >= LIKED.start) & (a < LIKED.stop)).mean()) for a in mine]
+        scores = tuple(Score(value=like, parts={"liked": like}) for like in likes)
+        made.append(ScoredRollout(rollout=rollout, scores=scores))
+    return made
+
+
+@torch.no_grad()
+def stamped(learner: PPOLearner, prompt: np.ndarray, answer: np.ndarray) -> Sample:
+    ids = torch.from_numpy(np.concatenate([prompt, answer])).long()
+    logprobs = torch.log_softmax(learner.policy(ids[None]).logits[0, len(prompt) - 1 : -1], -1)
+    return Sample(
+        text="",
+        token_ids=answer,
+        logprobs=logprobs.gather(1, ids[len(prompt) :, None])[:, 0].numpy(),
+        spans=(VersionSpan(version=learner.version, start=0, end=len(answer)),),
+        finish_reason="stop" if answer[-1] == 2 else "length",
+    )
+
+
+@pytest.mark.slow
+def test_reward_rises(new_learner):
+    """From chance (1/6) to half and more in 15 steps of 64 samples, by PPO alone."""
+    learner = new_learner(
+        total_steps=15, lr=3e-3, critic_lr=3e-3, epochs=2, lam=0.95, kl={"coef": 0.001}
+    )
+    metrics = [learner.learn(roll(learner, step)).metrics for step in range(15)]
+    rewards = [m["reward/liked"] for m in metrics]
+    print("reward", [round(r, 2) for r in rewards], "kl", [round(m["kl/ref"], 2) for m in metrics])
+    assert np.mean(rewards[:2]) < 0.22
+    assert np.mean(rewards[-3:]) > 0.5
+    assert max(m["mismatch/lag0_abs_mean"] for m in metrics) < 1e-4
+    assert metrics[-1]["kl/ref"] > 1

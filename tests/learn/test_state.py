@@ -1,0 +1,91 @@
+"""State on disk: what comes back is what was saved, bit for bit, and nothing else fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distrl.learn.state import (
+    StateMismatch,
+    load_module,
+    load_optimizer,
+    save_module,
+    save_optimizer,
+)
+
+
+class Tied(nn.Module):
+    """An embedding that is its own output head, and a buffer."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, width)
+        self.head = nn.Linear(width, 6, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("gain", torch.rand(()))
+
+
+def stepped(module, steps=3):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    for step in range(steps):
+        optimizer.zero_grad()
+        module.head(module.embedding(torch.tensor([step]))).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_a_module_comes_back_with_its_buffers_and_its_ties(tmp_path):
+    module, other = Tied(), Tied()
+    save_module(module, tmp_path / "m.safetensors")
+    load_module(other, tmp_path / "m.safetensors")
+    assert torch.equal(other.embedding.weight, module.embedding.weight)
+    assert torch.equal(other.gain, module.gain)
+    assert other.head.weight is other.embedding.weight
+
+
+def test_a_module_of_another_shape_is_refused(tmp_path):
+    save_module(Tied(), tmp_path / "m.safetensors")
+    with pytest.raises(StateMismatch, match=r"embedding.weight has shape \(6, 4\)"):
+        load_module(Tied(width=8), tmp_path / "m.safetensors")
+    with pytest.raises(StateMismatch, match="other tensors: .*embedding"):
+        load_module(nn.Linear(2, 2), tmp_path / "m.safetensors")
+
+
+def test_an_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path):
+    torch.manual_seed(0)
+    module = Tied()
+    optimizer = stepped(module)
+    save_module(module, tmp_path / "m.safetensors")
+    save_optimizer(optimizer, tmp_path / "o.safetensors")
+    other = Tied()
+    resumed = torch.optim.AdamW(other.parameters(), lr=0.1, fused=True)
+    load_module(other, tmp_path / "m.safetensors")
+    load_optimizer(resumed, tmp_path / "o.safetensors")
+    for mine, by in ((module, optimizer), (other, resumed)):
+        by.zero_grad()
+        mine.head(mine.embedding(torch.tensor([1]))).square().sum().backward()
+        by.step()
+    assert torch.equal(other.embedding.weight, module.embedding.weight)
+    again = resumed.state_dict()["state"]
+    for place, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[key], again[place][key]) for key in state)
+        assert state["step"] == 4
+
+
+def test_an_optimizer_that_never_stepped_comes_back_so(tmp_path):
+    module = Tied()
+    fresh = torch.optim.AdamW(module.parameters())
+    save_optimizer(fresh, tmp_path / "o.safetensors")
+    load_optimizer(fresh, tmp_path / "o.safetensors")
+    assert fresh.state_dict()["state"] == {}
+
+
+def test_an_optimizer_of_another_module_is_refused(tmp_path):
+    save_optimizer(stepped(Tied()), tmp_path / "o.safetensors")
+    other = nn.Linear(3, 3)
+    with pytest.raises(StateMismatch, match="with 1 tensors, not 2"):
+        load_optimizer(torch.optim.AdamW(other.parameters()), tmp_path / "o.safetensors")
+    narrow = torch.optim.AdamW(Tied(width=2).parameters())
+    with pytest.raises(StateMismatch, match="shape"):
+        load_optimizer(narrow, tmp_path / "o.safetensors")
