@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,13 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distrl.algo import normalisation, pairwise_loss
 from distrl.config import Config, RewardModelConfig
 from distrl.data.batching import pad_right, token_budget_batches
+from distrl.data.reviews import Split
 from distrl.data.rows import Messages
 from distrl.data.sources import Comparison, load_comparisons, load_prompts
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.learn.loop import Loss, OnStep, train
 from distrl.learn.report import write_report
 from distrl.learn.reward_report import Agreement, agreement, plot_agreement
-from distrl.models import ScalarModel, best_device, load_policy, reward_input, sample
+from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
 from distrl.records import Float32s, Int32s
 
 FORWARD_TOKENS = 1024
@@ -88,7 +90,7 @@ def run_reward_model(
     trained = train(
         model,
         lambda epoch: batches(groups, settings.groups_per_step, seed + epoch),
-        lambda module, batch: group_loss(module, batch, settings),
+        lambda _, batch: group_loss(model, batch, settings),
         epochs=settings.epochs,
         lr=settings.lr,
         warmup=settings.warmup,
@@ -97,7 +99,8 @@ def run_reward_model(
         on_step=on_step,
     )
     quality = judge(model, held_out, seed)
-    samples = reference_samples(config, language_model.to(best_device()), tokenizer)
+    cast(nn.Module, language_model).to(best_device())
+    samples = reference_samples(config, language_model, tokenizer)
     gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
     model.normalise(float(gain), float(bias))
     report = RewardReport(
@@ -123,7 +126,7 @@ def run_reward_model(
 
 
 def _groups(
-    config: Config, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> tuple[list[Group], int]:
     settings = config.reward_model
     rows = load_comparisons(
@@ -140,7 +143,7 @@ def encode(
     A cut response keeps its first max_tokens - 1 tokens and ends in the end-of-sequence
     token like the others: the last token is where scores are read.
     """
-    eos, cut, groups = int(tokenizer.eos_token_id), 0, []
+    eos, cut, groups = eos_id(tokenizer), 0, []
     for row in rows:
         ids = []
         for response in row.responses:
@@ -160,7 +163,7 @@ def batches(groups: Sequence[Group], size: int, seed: int) -> list[list[Group]]:
     return [shuffled[at : at + size] for at in range(0, len(shuffled), size)]
 
 
-def group_loss(module: nn.Module, batch: Sequence[Group], settings: RewardModelConfig) -> Loss:
+def group_loss(module: ScalarModel, batch: Sequence[Group], settings: RewardModelConfig) -> Loss:
     """The mean over groups of each group's mean pairwise loss; a group without a pair is left out.
 
     A pair is two responses rated at least `min_gap` apart (never equal). The better one should
@@ -187,7 +190,7 @@ def pairs_of(ratings_K: Float32s, min_gap: float) -> tuple[list[int], list[int],
     return better.tolist(), worse.tolist(), gap_KK[better, worse]
 
 
-def forward_rows(module: nn.Module, rows: Sequence[Int32s], budget: int) -> Tensor:
+def forward_rows(module: ScalarModel, rows: Sequence[Int32s], budget: int) -> Tensor:
     """scores_N in the rows' order, in the graph. Rows of like length go through together: in one
     padded batch of unequal rows most of the work would be on padding."""
     device = next(module.parameters()).device
@@ -222,7 +225,7 @@ def reference_samples(
 ) -> list[Int32s]:
     """Reward inputs sampled from the policy as RL will sample them: one response each to
     `reference_prompts` training prompts drawn by seed."""
-    eos, seed = int(tokenizer.eos_token_id), config.run.seed
+    eos, seed = eos_id(tokenizer), config.run.seed
     prompts = load_prompts(config.data, tokenizer, "train")
     order = np.random.default_rng(seed).permutation(len(prompts))
     chosen = [prompts[i].token_ids for i in order[: config.reward_model.reference_prompts]]

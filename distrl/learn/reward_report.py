@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +67,15 @@ def agreement(raw_N: Float32s, ratings_N: Float32s, prompts: Sequence[str], seed
     prob = 1 / (1 + np.exp(-lead.astype(np.float64)))
     preferred = gap > 0
     right = np.where(preferred, lead > 0, lead < 0)
-    weights = resampled_weights(first, second, len(raw_N), prompts, seed)
+    weights_RP = resampled_weights(first, second, len(raw_N), prompts, seed)
     accuracy = {}
     for margin in MARGINS:
         chosen = np.abs(gap) > margin
         if chosen.any():
-            mean = np.mean
-            accuracy[f"{margin:g}"] = _estimate(mean, (right[chosen],), weights[:, chosen])
+            accuracy[f"{margin:g}"] = _accuracy(right[chosen], weights_RP[:, chosen])
     return Agreement(
         accuracy=accuracy,
-        calibration_error=_estimate(_calibration_error, (prob, preferred), weights),
+        calibration_error=_calibration_error(prob, preferred, weights_RP),
         reliability=reliability(prob, preferred),
         responses=len(raw_N),
     )
@@ -102,8 +101,8 @@ def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
 
 def resampled_weights(
     first: Pairs, second: Pairs, n: int, prompts: Sequence[str], seed: int
-) -> NDArray[np.int64]:
-    """[R, P]: how often each pair stands in each bootstrap resample.
+) -> Float32s:
+    """weights_RP: how often each pair stands in each bootstrap resample.
 
     A pair of responses i, j stands w_i · w_j times where responses were resampled; a pair
     within one prompt as often as its prompt.
@@ -111,35 +110,48 @@ def resampled_weights(
     rng = np.random.default_rng(seed)
     names = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     if len(names) == 1:
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float32)
         return counts[:, first] * counts[:, second]
     unit = np.array([names[prompt] for prompt in prompts])
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    return counts[:, unit[first]]
+    return counts[:, unit[first]].astype(np.float32)
 
 
-def _estimate(
-    statistic: Callable[..., float], columns: Sequence[NDArray], weights: NDArray[np.int64]
+def _accuracy(right_P: NDArray[np.bool_], weights_RP: Float32s) -> Estimate:
+    sums_R = weights_RP @ right_P.astype(np.float32)
+    return _estimate(float(right_P.mean()), sums_R, weights_RP)
+
+
+def _calibration_error(
+    prob_P: NDArray[np.float64], preferred_P: NDArray[np.bool_], weights_RP: Float32s
 ) -> Estimate:
-    """The statistic of the columns, and its percentile interval over resamples (empty ones
-    left out)."""
-    again = [
-        float(statistic(*(np.repeat(column, w) for column in columns))) for w in weights if w.any()
-    ]
-    low, high = np.percentile(again, [2.5, 97.5])
-    value = float(statistic(*columns))
-    return Estimate(value=value, low=float(low), high=float(high), pairs=len(columns[0]))
+    """algo's error, and its interval: the same sum over bins with each resample's weights."""
+    label_P = preferred_P.astype(np.float64)
+    value = expected_calibration_error(
+        torch.from_numpy(prob_P), torch.from_numpy(label_P), CALIBRATION_BINS
+    )
+    in_bin_PK = _bin_of(prob_P)[:, None] == np.arange(CALIBRATION_BINS)
+    excess_PK = (in_bin_PK * (prob_P - label_P)[:, None]).astype(np.float32)
+    return _estimate(float(value), np.abs(weights_RP @ excess_PK).sum(1), weights_RP)
 
 
-def _calibration_error(prob: NDArray, preferred: NDArray) -> float:
-    label = torch.from_numpy(preferred.astype(np.float64))
-    return float(expected_calibration_error(torch.from_numpy(prob), label, CALIBRATION_BINS))
+def _estimate(value: float, sums_R: NDArray[np.floating], weights_RP: Float32s) -> Estimate:
+    """`value` with the percentile interval of weighted means; empty resamples are left out."""
+    total_R = weights_RP.sum(1)
+    means = sums_R[total_R > 0] / total_R[total_R > 0]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(value=value, low=float(low), high=float(high), pairs=weights_RP.shape[1])
 
 
-def reliability(prob: NDArray, preferred: NDArray) -> tuple[tuple[float, float, int], ...]:
+def _bin_of(prob: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.minimum((prob * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+
+
+def reliability(
+    prob: NDArray[np.float64], preferred: NDArray[np.bool_]
+) -> tuple[tuple[float, float, int], ...]:
     """(mean probability, share preferred, pairs) of each bin that is not empty."""
-    bin_of = np.minimum((prob * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    inside = [bin_of == b for b in range(CALIBRATION_BINS)]
+    inside = [_bin_of(prob) == b for b in range(CALIBRATION_BINS)]
     return tuple(
         (float(prob[i].mean()), float(preferred[i].mean()), int(i.sum())) for i in inside if i.any()
     )

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from distrl.data.sources import Demonstration, load_demonstrations
 from distrl.data.tokenizer import encode_example, load_tokenizer, train_tokenizer
 from distrl.learn.loop import Loss, OnStep, train
 from distrl.learn.report import write_report
-from distrl.models import best_device, load_policy, new_llama, save_policy
+from distrl.models import best_device, eos_id, load_policy, new_llama, save_policy
 
 EVALUATION_TOKENS = 8192
 
@@ -79,7 +80,7 @@ def run_sft(config: Config, out: Path, on_step: OnStep = lambda *_: None) -> SFT
     rows = load_demonstrations(config.data, "train")
     held_out = load_demonstrations(config.data, "validation")
     model, tokenizer = starting_policy(config, rows)
-    model.to(best_device())
+    cast(nn.Module, model).to(best_device())
     examples, cut = encode(rows, tokenizer, config.sft.max_tokens)
     validation, cut_validation = encode(held_out, tokenizer, config.sft.max_tokens)
     losses: list[float] = []
@@ -137,7 +138,7 @@ def encode(
     examples, cut = [], 0
     for row in rows:
         ids, prompt_tokens = encode_example(tokenizer, row.prompt, row.response, max_tokens)
-        cut += int(ids[-1]) != tokenizer.eos_token_id
+        cut += int(ids[-1]) != eos_id(tokenizer)
         if len(ids) > prompt_tokens:
             examples.append(Example(ids=np.asarray(ids, np.int32), prompt_tokens=prompt_tokens))
     return examples, cut

@@ -10,12 +10,13 @@ takes its fastest path, and a padded row gives what the row alone would give.
 from __future__ import annotations
 
 from distrl.models.heads import ScalarModel, reward_input
-from distrl.models.load import best_device, load_policy, new_llama, save_policy
+from distrl.models.load import best_device, eos_id, load_policy, new_llama, save_policy
 from distrl.models.sample import sample
 
 __all__ = [
     "ScalarModel",
     "best_device",
+    "eos_id",
     "load_policy",
     "new_llama",
     "reward_input",

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ class ScalarModel(nn.Module):
         `zero_head` makes it answer 0 everywhere: the start for a critic that has learnt
         nothing yet, where a random head would only add noise to the first advantages.
         """
-        return cls(copy.deepcopy(policy.base_model), seed, zero_head=zero_head)
+        body = cast(PreTrainedModel, policy.base_model)
+        return cls(copy.deepcopy(body), seed, zero_head=zero_head)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """values_BT, float32, on the normalised scale; `ids_BT` right-padded.

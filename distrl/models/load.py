@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import (
@@ -23,6 +24,13 @@ transformers_logging.disable_progress_bar()
 
 class ModelError(ValueError):
     """A model cannot be loaded or used; the message names the folder and the fix."""
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The one id that ends a sequence. Raises ModelError where the tokenizer has none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ModelError("the tokenizer has no end-of-sequence token; set eos_token in its folder")
+    return tokenizer.eos_token_id
 
 
 def best_device() -> torch.device:
@@ -48,10 +56,9 @@ def new_llama(
         intermediate_size=-(-config.hidden * 8 // (3 * 64)) * 64,
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=eos_id(tokenizer),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
@@ -110,14 +117,15 @@ def checked_folder(folder: Path | str) -> Path:
     if not (folder / "config.json").is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ModelError(
-            f"{folder} holds no config.json, so it is not a Hugging Face checkpoint; it holds {there}"
+            f"{folder} holds no config.json, so it is not a Hugging Face checkpoint; "
+            f"it holds {there}"
         )
     return folder
 
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """ModelError where the tokenizer can give an id that has no row in the embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} ids but the model in {folder} only {rows}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def sample(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch):
             ids_BP, mask_BP = _pad_left(prompts[start : start + batch], eos)
-            made = model.generate(
+            made = cast(Any, model).generate(
                 ids_BP.to(device), attention_mask=mask_BP.to(device), generation_config=settings
             )
             out += [_response(row, eos) for row in made[:, ids_BP.shape[1] :].cpu().numpy()]

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from distrl.data.batching import pad_right, token_budget_batches
 from distrl.data.rows import Messages
-from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from distrl.models import ScalarModel, reward_input
+from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
+from distrl.models import ScalarModel, eos_id, reward_input
 from distrl.records import Float32s, Int32s, Rollout
 from distrl.roles import ScoreFailed
 
@@ -47,7 +47,7 @@ class ModelReward:
         own = load_tokenizer(folder)
         self.re_encodes = tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)
         self._policy_tokenizer, self._tokenizer = tokenizer, own
-        self._eos = int(own.eos_token_id)
+        self._eos = eos_id(own)
         if self.re_encodes:
             log.warning(
                 "reward model %s has another tokenizer than the policy: it reads text, encoded "
@@ -104,5 +104,6 @@ class ModelReward:
         if np.isfinite(values).all():
             return values
         return ScoreFailed(
-            f"reward {self.name!r} gave {values} for prompt {rollout.prompt.prompt_id!r}: not finite"
+            f"reward {self.name!r} gave {values}, not all finite, for prompt "
+            f"{rollout.prompt.prompt_id!r}"
         )

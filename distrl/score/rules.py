@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from distrl.config import ConfigError
 from distrl.records import Rollout
@@ -37,9 +38,7 @@ class RuleReward:
     def _one(self, rollout: Rollout, response: str) -> float:
         prompt = rollout.prompt
         try:
-            value = float(
-                self._function(prompt=prompt.text, response=response, meta=prompt.meta)
-            )
+            value = float(self._function(prompt=prompt.text, response=response, meta=prompt.meta))
         except Exception as error:  # a user's function: whatever it raises is this group's failure
             raise self._failure(rollout, f"raised {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
@@ -71,5 +70,7 @@ def resolve(path: str) -> Callable[..., float]:
             f"reward function {path!r}: {module_name} has no {name}; it has {', '.join(there[:10])}"
         )
     if not callable(function):
-        raise ConfigError(f"reward function {path!r} is a {type(function).__name__}, not a function")
-    return function
+        raise ConfigError(
+            f"reward function {path!r} is a {type(function).__name__}, not a function"
+        )
+    return cast(Callable[..., float], function)

@@ -103,4 +103,7 @@ def test_the_epoch_s_metrics_are_reported():
         on_epoch=lambda epoch: {"epoch": epoch},
         **SETTINGS,
     )
-    assert [row for row in seen if "epoch" in row[2]] == [(1, 3, {"epoch": 1}), (3, 3, {"epoch": 2})]
+    assert [row for row in seen if "epoch" in row[2]] == [
+        (1, 3, {"epoch": 1}),
+        (3, 3, {"epoch": 2}),
+    ]

@@ -1,0 +1,176 @@
+"""Reward-model training: pairs of a group, the scale, and a preference that is learnt."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from distrl.config import Config, RewardModelConfig
+from distrl.data.sources import Comparison
+from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from distrl.learn.reward_model import (
+    Group,
+    batches,
+    encode,
+    forward_rows,
+    group_loss,
+    pairs_of,
+    reference_samples,
+    run_reward_model,
+    score_rows,
+)
+from distrl.models import ScalarModel, load_policy, new_llama, save_policy
+
+GOOD, BAD = ("fine", "lovely", "great"), ("awful", "dull", "poor")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(150):
+        words = [[*rng.choice(GOOD, k), *rng.choice(BAD, 3 - k)] for k in range(4)]
+        texts = [" " + " ".join(rng.permutation(w)) for w in words]
+        rows.append({"prompt": f"Film {i} was", "responses": texts, "ratings": [-2, -0.5, 0.5, 2]})
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(source) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"hidden": 32, "layers": 1, "heads": 1, "vocab": 300, "context": 48},
+            "data": {"source": str(source), "max_prompt_tokens": 20},
+            "sft": {"max_tokens": 40},
+            "reward_model": {"epochs": 2, "lr": 5e-3, "max_tokens": 40, "reference_prompts": 24},
+            "generate": {"max_new_tokens": 8},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(config, tmp_path_factory):
+    tokenizer = train_tokenizer(["Film 12 was", *GOOD, *BAD] * 3, 300, 48)
+    folder = tmp_path_factory.mktemp("policy") / "policy"
+    save_policy(new_llama(config.model, tokenizer, 0), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(config, policy, tmp_path_factory):
+    out, seen = tmp_path_factory.mktemp("rm"), []
+    return out, run_reward_model(config, policy, out, lambda *row: seen.append(row)), seen
+
+
+@pytest.fixture
+def model(policy):
+    return ScalarModel.from_policy(load_policy(policy), 1)
+
+
+def random_groups(sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Group(
+            prompt="",
+            ids=tuple(rng.integers(0, 259, rng.integers(2, 30)).astype(np.int32) for _ in range(k)),
+            ratings_K=rng.integers(-4, 5, k).astype(np.float32),
+        )
+        for k in sizes
+    ]
+
+
+def test_pairs_are_at_least_the_gap_apart_and_better_first():
+    better, worse, gap = pairs_of(np.array([1.0, 3.0, 1.5, 1.0], np.float32), 1.0)
+    assert list(zip(better, worse, gap.tolist(), strict=True)) == [
+        (1, 0, 2),
+        (1, 2, 1.5),
+        (1, 3, 2),
+    ]
+    assert pairs_of(np.array([1.0, 1.0], np.float32), 0.0)[0] == []
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_the_loss_is_a_mean_over_groups_of_means_over_their_pairs(model, margin):
+    settings = RewardModelConfig(margin=margin, min_gap=1.5)
+    groups = random_groups((4, 2, 6))
+    expected = []
+    for group in groups:
+        scores = [
+            model.reward(torch.as_tensor(i[None]).long(), torch.tensor([len(i)]))[0]
+            for i in group.ids
+        ]
+        pairs = []
+        for i, high in enumerate(group.ratings_K.tolist()):
+            for j, low in enumerate(group.ratings_K.tolist()):
+                if high - low >= 1.5:
+                    lead = scores[i] - scores[j] - margin * (high - low)
+                    pairs.append(-torch.nn.functional.logsigmoid(lead))
+        if pairs:
+            expected.append(torch.stack(pairs).mean())
+    loss = group_loss(model, groups, settings)
+    assert loss.count == len(expected)
+    torch.testing.assert_close(loss.mean, torch.stack(expected).mean())
+
+
+def test_a_batch_without_a_pair_has_loss_0_in_the_graph(model):
+    group = Group(prompt="", ids=random_groups((2,))[0].ids, ratings_K=np.ones(2, np.float32))
+    loss = group_loss(model, [group], RewardModelConfig())
+    loss.mean.backward()
+    assert loss.mean.item() == 0 and loss.count == 0
+
+
+@pytest.mark.parametrize("budget", [16, 64, 10_000])
+def test_rows_come_back_in_order_whatever_the_budget(model, budget):
+    rows = [ids for group in random_groups((9,)) for ids in group.ids]
+    alone = torch.cat([forward_rows(model, [ids], 64) for ids in rows])
+    torch.testing.assert_close(forward_rows(model, rows, budget), alone, atol=1e-5, rtol=0)
+
+
+def test_every_group_is_seen_once_an_epoch():
+    groups = random_groups((2,) * 10)
+    seen = [id(group) for batch in batches(groups, 4, 0) for group in batch]
+    assert sorted(seen) == sorted(map(id, groups))
+    assert seen != [id(group) for batch in batches(groups, 4, 1) for group in batch]
+
+
+def test_every_row_ends_in_eos_also_where_it_was_cut(policy):
+    tokenizer = load_tokenizer(policy)
+    row = Comparison(row_id="0", prompt="Film", responses=("x", "x" * 60), ratings=(0, 1))
+    (group,), cut = encode([row], tokenizer, 16)
+    assert cut == 1
+    assert [int(ids[-1]) for ids in group.ids] == [tokenizer.eos_token_id] * 2
+    assert len(group.ids[1]) == 16
+
+
+def test_it_learns_what_people_prefer(trained):
+    _, report, seen = trained
+    assert report.held_out.accuracy["2"].value > 0.9
+    assert report.held_out.accuracy["0"].value > 0.8
+    assert report.steps == seen[0][1] and report.skipped == 0
+
+
+def test_what_it_saves_says_how_good_it_is(trained, policy):
+    out, report, _ = trained
+    model = ScalarModel.load(out / "model")
+    fingerprint = tokenizer_fingerprint(load_tokenizer(policy))
+    assert model.meta["tokenizer_fingerprint"] == fingerprint
+    assert model.meta["held_out"]["accuracy"]["1"]["value"] == report.held_out.accuracy["1"].value
+    assert (float(model.gain), float(model.bias)) == pytest.approx((report.gain, report.bias))
+    assert (out / "calibration.png").exists()
+    assert json.loads((out / "report.json").read_text())["examples"] == report.examples
+
+
+def test_the_scale_is_mean_0_and_deviation_1_on_the_policy_s_samples(trained, config, policy):
+    out, report, _ = trained
+    tokenizer = load_tokenizer(policy)
+    samples = reference_samples(config, load_policy(policy), tokenizer)
+    assert len(samples) == report.reference_samples == 24
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in samples)
+    scores_N = score_rows(ScalarModel.load(out / "model"), samples)
+    assert scores_N.mean() == pytest.approx(0, abs=1e-4)
+    assert scores_N.std() == pytest.approx(1, abs=1e-4)

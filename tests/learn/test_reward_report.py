@@ -1,0 +1,98 @@
+"""Agreement with people: pairs, margins, calibration, intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distrl.learn import reward_report
+from distrl.learn.reward_report import agreement, draw_pairs, plot_agreement, resampled_weights
+
+
+def world(n=400, noise=0.0, seed=0):
+    """Ratings, and raw scores that are right but for noise."""
+    rng = np.random.default_rng(seed)
+    ratings_N = rng.uniform(-4, 4, n).astype(np.float32)
+    return (ratings_N + noise * rng.normal(size=n)).astype(np.float32), ratings_N, [""] * n
+
+
+def test_pairs_are_within_a_prompt_and_of_unequal_ratings():
+    ratings_N = np.array([1, 1, 2, 5, 6, 7], np.float32)
+    pairs = draw_pairs(ratings_N, ["a", "a", "a", "b", "b", "c"], 0)
+    assert sorted(map(sorted, pairs.tolist())) == [[0, 2], [1, 2], [3, 4]]
+    with pytest.raises(ValueError, match="rated differently"):
+        draw_pairs(np.ones(4, np.float32), ["a"] * 4, 0)
+
+
+def test_no_more_than_the_cap_is_drawn_and_either_order_occurs():
+    _, ratings_N, prompts = world()
+    pairs = draw_pairs(ratings_N, prompts, 0)
+    assert len(pairs) == 20_000 and len(np.unique(np.sort(pairs, axis=1), axis=0)) == 20_000
+    first_is_better = ratings_N[pairs[:, 0]] > ratings_N[pairs[:, 1]]
+    assert first_is_better.mean() == pytest.approx(0.5, abs=0.02)
+    assert (pairs == draw_pairs(ratings_N, prompts, 0)).all()
+
+
+def test_a_perfect_order_is_1_a_reversed_one_0_and_a_constant_0():
+    raw, ratings_N, prompts = world()
+    assert agreement(raw, ratings_N, prompts, 0).accuracy["0"].value == 1
+    assert agreement(-raw, ratings_N, prompts, 0).accuracy["0"].value == 0
+    constant = agreement(np.zeros_like(raw), ratings_N, prompts, 0)
+    assert constant.accuracy["0"].value == 0, "a tie is no agreement"
+
+
+def test_wider_margins_are_easier_and_have_fewer_pairs():
+    quality = agreement(*world(noise=2.0), 0)
+    by_margin = [quality.accuracy[m] for m in ("0", "0.5", "1", "2")]
+    assert [e.value for e in by_margin] == sorted(e.value for e in by_margin)
+    assert [e.pairs for e in by_margin] == sorted((e.pairs for e in by_margin), reverse=True)
+    assert all(e.low < e.value < e.high for e in by_margin)
+
+
+def test_margins_without_a_pair_are_left_out():
+    raw, ratings_N, prompts = world()
+    assert list(agreement(raw, np.float32(0.125) * ratings_N, prompts, 0).accuracy) == ["0", "0.5"]
+
+
+def test_the_interval_covers_what_new_responses_would_give():
+    truth = agreement(*world(n=4000, noise=3.0, seed=99), 0).accuracy["0"].value
+    inside = 0
+    for seed in range(20):
+        estimate = agreement(*world(n=150, noise=3.0, seed=seed), 0).accuracy["0"]
+        inside += estimate.low <= truth <= estimate.high
+        # Pairs share responses: an interval that took them as independent would be +-0.006.
+        assert estimate.high - estimate.low > 0.04
+    assert inside >= 16
+
+
+def test_calibration_is_of_the_difference_of_scores():
+    rng = np.random.default_rng(0)
+    raw = rng.normal(size=2000).astype(np.float32)
+    # Ratings by Gumbel noise: P(i above j) is exactly sigmoid(raw_i - raw_j).
+    ratings_N = (raw + rng.gumbel(size=2000)).astype(np.float32).astype(np.float32)
+    honest = agreement(raw, ratings_N, [""] * 2000, 0)
+    boastful = agreement(5 * raw, ratings_N, [""] * 2000, 0)
+    assert honest.calibration_error.value < 0.03
+    assert boastful.calibration_error.value > 0.15
+    assert sum(pairs for _, _, pairs in honest.reliability) == 20_000
+
+
+def test_prompts_are_resampled_whole_where_there_are_several():
+    first, second = np.array([0, 0, 2]), np.array([1, 1, 3])
+    weights = resampled_weights(first, second, 4, ["a", "a", "b", "b"], 0)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 0] + weights[:, 2] == 2).all()
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    plot_agreement(agreement(*world(noise=2.0), 0), tmp_path / "deep" / "calibration.png")
+    assert (tmp_path / "deep" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_with_every_pair_once_the_resampled_figures_are_the_figures_themselves(monkeypatch):
+    ones = np.ones((3, 20_000), np.float32)
+    monkeypatch.setattr(reward_report, "resampled_weights", lambda *_: ones)
+    quality = agreement(*world(noise=2.0), 0)
+    for estimate in (*quality.accuracy.values(), quality.calibration_error):
+        assert estimate.low == pytest.approx(estimate.value, abs=1e-5)
+        assert estimate.high == pytest.approx(estimate.value, abs=1e-5)

@@ -1,0 +1,85 @@
+"""The weighted sum: its breakdown, its penalty, and no number where a part failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distrl.config import ConfigError, RewardPart, ScoreConfig
+from distrl.data.tokenizer import train_tokenizer
+from distrl.records import Prompt, Rollout, Sample, ScoredRollout, VersionSpan
+from distrl.roles import ScoreFailed
+from distrl.score import RewardSum, with_default_part
+
+
+class Fixed:
+    """Answers what it was made with."""
+
+    def __init__(self, name, *answers):
+        self.name, self.answers = name, list(answers)
+
+    def scores(self, rollouts):
+        return self.answers
+
+
+def rollout(*finish_reasons) -> Rollout:
+    ids = np.array([5, 1], np.int32)
+    span = (VersionSpan(version=0, start=0, end=2),)
+    samples = tuple(
+        Sample(
+            text="t", token_ids=ids, logprobs=np.zeros(2, np.float32), spans=span, finish_reason=f
+        )
+        for f in finish_reasons
+    )
+    prompt = Prompt(index=0, epoch=0, prompt_id="p", text="say", token_ids=ids)
+    return Rollout(prompt=prompt, samples=samples, generator="g")
+
+
+def test_the_sum_is_weighted_and_the_parts_are_kept_as_they_were():
+    rewards = [Fixed("a", [1.0, 2.0]), Fixed("b", [10.0, 20.0])]
+    (scored,) = RewardSum(rewards, {"a": 2.0, "b": -0.5}).score([rollout("stop", "length")])
+    assert isinstance(scored, ScoredRollout)
+    assert [s.value for s in scored.scores] == [-3.0, -6.0]
+    assert dict(scored.scores[1].parts) == {"a": 2.0, "b": 20.0}
+
+
+def test_the_penalty_is_added_where_length_cut_and_stands_among_the_parts():
+    composed = RewardSum([Fixed("a", [1.0, 1.0])], {"a": 1.0}, missing_eos_penalty=-3.0)
+    (scored,) = composed.score([rollout("stop", "length")])
+    assert isinstance(scored, ScoredRollout)
+    assert [s.value for s in scored.scores] == [1.0, -2.0]
+    assert [s.parts["missing_eos_penalty"] for s in scored.scores] == [0.0, -3.0]
+
+
+def test_a_failed_part_fails_its_whole_group_and_no_other():
+    rewards = [Fixed("a", [1.0], [1.0]), Fixed("b", ScoreFailed("b broke"), [2.0])]
+    first, second = RewardSum(rewards, {"a": 1.0, "b": 0.0}).score([rollout("stop")] * 2)
+    assert isinstance(first, ScoreFailed) and str(first) == "b broke"
+    assert isinstance(second, ScoredRollout) and second.scores[0].value == 1.0
+
+
+def test_a_sum_that_overflows_is_a_failure():
+    (failed,) = RewardSum([Fixed("a", [1e308])], {"a": 1e9}).score([rollout("stop")])
+    assert isinstance(failed, ScoreFailed) and "not finite" in str(failed)
+
+
+def test_configurations_that_cannot_work_say_what_to_do():
+    tokenizer = train_tokenizer(["a"], 280, 24)
+    rule = RewardPart(name="rule", function="builtins:len")
+    with pytest.raises(ConfigError, match="distrl reward-model"):
+        RewardSum.of(ScoreConfig(), tokenizer)
+    with pytest.raises(ConfigError, match="'rule' is taken"):
+        RewardSum.of(ScoreConfig(parts=(rule, rule)), tokenizer)
+    with pytest.raises(ConfigError, match="is taken"):
+        penalty = RewardPart(name="missing_eos_penalty", function="builtins:len")
+        RewardSum.of(ScoreConfig(parts=(penalty,)), tokenizer)
+    assert RewardSum.of(ScoreConfig(parts=(rule,)), tokenizer).weights == {"rule": 1.0}
+
+
+def test_the_run_s_own_reward_model_stands_in_for_no_parts():
+    filled = with_default_part(ScoreConfig(), Path("runs/x/model"))
+    (part,) = filled.parts
+    assert (part.name, part.model, part.weight) == ("reward_model", "runs/x/model", 1.0)
+    assert with_default_part(filled, Path("other")) is filled

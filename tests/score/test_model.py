@@ -1,0 +1,125 @@
+"""Reward models as scorers: batches, their own tokenizer, failures."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from distrl.config import ModelConfig
+from distrl.data.tokenizer import encode_example, tokenizer_fingerprint, train_tokenizer
+from distrl.models import ScalarModel, new_llama
+from distrl.records import FinishReason, Prompt, Rollout, Sample, VersionSpan
+from distrl.roles import ScoreFailed
+from distrl.score import ModelReward
+
+CONFIG = ModelConfig(hidden=32, layers=1, heads=1, vocab=300, context=24)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a good film", "a bad film"], 300, 24)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    model = ScalarModel.from_policy(new_llama(CONFIG, tokenizer, 0), 1)
+    model.normalise(2.0, 0.5)
+    path = tmp_path_factory.mktemp("rm") / "model"
+    model.save(path, tokenizer, {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
+    return path
+
+
+@pytest.fixture
+def reward(folder, tokenizer):
+    return ModelReward("rm", folder, tokenizer, batch_tokens=64)
+
+
+def rollout(tokenizer, prompt: str, *responses: str, finish: FinishReason = "stop") -> Rollout:
+    samples = []
+    for text in responses:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids += [tokenizer.eos_token_id] if finish == "stop" else []
+        samples.append(
+            Sample(
+                text=text,
+                token_ids=np.array(ids, np.int32),
+                logprobs=np.zeros(len(ids), np.float32),
+                spans=(VersionSpan(version=0, start=0, end=len(ids)),),
+                finish_reason=finish,
+            )
+        )
+    ids, length = encode_example(tokenizer, prompt, "", 24)
+    made = Prompt(index=0, epoch=0, prompt_id="p", text=prompt, token_ids=ids[:length])
+    return Rollout(prompt=made, samples=tuple(samples), generator="g")
+
+
+def test_groups_are_batched_together_and_each_gets_its_own(reward, folder, tokenizer):
+    groups = [
+        rollout(tokenizer, "a good", " film", " and bad film", " x"),
+        rollout(tokenizer, "a", " b"),
+        rollout(tokenizer, "the very", " good good good", " g"),
+    ]
+    model = ScalarModel.load(folder)
+    for group, scores in zip(groups, reward.scores(groups), strict=True):
+        for sample, score in zip(group.samples, scores, strict=True):
+            ids = np.concatenate([group.prompt.token_ids, sample.token_ids])
+            alone = model.reward(torch.as_tensor(ids[None]).long(), torch.tensor([len(ids)]))
+            assert score == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_forward_passes_keep_to_the_token_budget(reward, tokenizer, monkeypatch):
+    sizes = []
+    forward = reward.model.reward
+
+    def noted(ids_BT, lengths_B):
+        sizes.append(ids_BT.numel())
+        return forward(ids_BT, lengths_B)
+
+    monkeypatch.setattr(reward.model, "reward", noted)
+    reward.scores([rollout(tokenizer, "a", *[" film" * k for k in range(1, 9)])] * 4)
+    assert 1 < len(sizes) < 32 and max(sizes) <= 64
+
+
+def test_a_cut_response_is_read_at_an_end_of_sequence_token(reward, tokenizer):
+    cut, ended = (
+        reward.scores([rollout(tokenizer, "a", " film", finish=f)]) for f in ("length", "stop")
+    )
+    assert cut == ended
+
+
+def test_texts_and_ids_agree(reward, tokenizer):
+    scores_N = reward.score_texts([("a good", " film"), ("", "a bad film")])
+    (scores,) = reward.scores([rollout(tokenizer, "a good", " film")])
+    assert scores_N[0] == pytest.approx(scores[0], abs=1e-6)
+    assert reward.score_ids([]).shape == (0,)
+
+
+def test_another_tokenizer_means_text_is_read_and_said_so_once(folder, tokenizer, caplog):
+    policy_tokenizer = train_tokenizer(["quite other words"] * 9, 280, 24)
+    with caplog.at_level(logging.WARNING):
+        other = ModelReward("rm", folder, policy_tokenizer, batch_tokens=64)
+        group = rollout(policy_tokenizer, "a good", " film")
+        (scores,) = other.scores([group])
+        other.scores([group])
+    assert other.re_encodes and len(caplog.records) == 1
+    (expected,) = ModelReward("rm", folder, tokenizer, batch_tokens=64).scores(
+        [rollout(tokenizer, "a good", " film")]
+    )
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sequence_beyond_the_context_fails_and_is_no_number(reward, tokenizer):
+    (failure,) = reward.scores([rollout(tokenizer, "a", "x" * 40)])
+    assert isinstance(failure, ScoreFailed) and "1 to 24 tokens" in str(failure)
+
+
+def test_a_score_that_is_not_finite_fails_its_group_alone(reward, tokenizer):
+    bad_id = tokenizer.encode("z", add_special_tokens=False)[0]
+    with torch.no_grad():
+        reward.model.body.embed_tokens.weight[bad_id] = torch.nan
+    good, bad = reward.scores([rollout(tokenizer, "a", " film"), rollout(tokenizer, "a", " z")])
+    assert isinstance(bad, ScoreFailed) and "not all finite" in str(bad)
+    assert np.isfinite(good).all()

@@ -1,0 +1,148 @@
+"""The scorer role: requests gather, the loop stays free, failures and deadlines are said."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from distrl.config import ScoreConfig
+from distrl.data.tokenizer import train_tokenizer
+from distrl.records import (
+    GroupInfo,
+    Parcel,
+    Prompt,
+    Rollout,
+    Sample,
+    ScoredRollout,
+    VersionSpan,
+)
+from distrl.roles import ScoreFailed
+from distrl.score import LocalScorer, RewardSum
+
+
+class Slow:
+    """Scores a group by its index, after waiting; notes the size of each batch."""
+
+    name = "slow"
+
+    def __init__(self, seconds=0.0, hang_on=None):
+        self.seconds, self.hang_on, self.batches = seconds, hang_on, []
+        self.release = threading.Event()
+        self.threads = set()
+
+    def scores(self, rollouts):
+        self.batches.append(len(rollouts))
+        self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
+        if any(r.prompt.index == self.hang_on for r in rollouts):
+            self.release.wait(10)
+        return [[float(r.prompt.index)] * len(r.samples) for r in rollouts]
+
+
+def parcel(index=0) -> Parcel[GroupInfo]:
+    ids = np.array([5, 1], np.int32)
+    sample = Sample(
+        text="t",
+        token_ids=ids,
+        logprobs=np.zeros(2, np.float32),
+        spans=(VersionSpan(version=0, start=0, end=2),),
+        finish_reason="stop",
+    )
+    prompt = Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="say", token_ids=ids)
+    rollout = Rollout(prompt=prompt, samples=(sample, sample), generator="g")
+    return Parcel(info=GroupInfo.of(rollout, 0.5), payload=rollout)
+
+
+def scorer(reward, timeout_s=5.0) -> LocalScorer:
+    tokenizer = train_tokenizer(["a"], 280, 24)
+    rewards = RewardSum([reward], {"slow": 1.0})
+    return LocalScorer(ScoreConfig(timeout_s=timeout_s), tokenizer, "scorer-7", rewards=rewards)
+
+
+async def test_requests_that_wait_share_the_next_batch_and_get_their_own_answers():
+    reward = Slow(0.05)
+    made = scorer(reward)
+    out = await asyncio.gather(*(made.score(parcel(i)) for i in range(20)))
+    assert [p.info.rewards for p in out] == [(float(i), float(i)) for i in range(20)]
+    assert sum(reward.batches) == 20 and len(reward.batches) <= 3
+    assert all(isinstance(p.payload, ScoredRollout) for p in out)
+    assert out[3].info.group == parcel(3).info and out[3].info.seconds > 0
+    later = await made.score(parcel(30))
+    assert later.info.rewards == (30.0, 30.0), "it works on after an idle time"
+
+
+async def test_the_event_loop_stays_free_while_a_batch_is_scored():
+    reward = Slow(0.3)
+    task = asyncio.create_task(scorer(reward).score(parcel()))
+    ticks = 0
+    while not task.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    assert ticks > 5 and threading.get_ident() not in reward.threads
+
+
+async def test_a_failure_is_raised_to_the_one_who_asked():
+    class Half:
+        name = "slow"
+
+        def scores(self, rollouts):
+            odd = ScoreFailed("odd ones fail")
+            return [odd if r.prompt.index % 2 else [1.0, 1.0] for r in rollouts]
+
+    made = scorer(Half())
+    out = await asyncio.gather(*(made.score(parcel(i)) for i in range(4)), return_exceptions=True)
+    assert [isinstance(o, ScoreFailed) for o in out] == [False, True, False, True]
+
+
+async def test_an_error_nobody_foresaw_reaches_every_waiting_request():
+    class Broken:
+        name = "slow"
+
+        def scores(self, rollouts):
+            raise MemoryError("no room")
+
+    made = scorer(Broken())
+    for _ in range(2):
+        with pytest.raises(ScoreFailed, match="scorer-7: MemoryError: no room"):
+            await made.score(parcel())
+
+
+async def test_the_deadline_is_kept_and_a_restart_goes_on_beside_the_hanging_thread():
+    reward = Slow(hang_on=1)
+    made = scorer(reward, timeout_s=0.3)
+    with pytest.raises(ScoreFailed, match=r"scorer-7 gave no score for prompt 'p1' within 0\.3 s"):
+        await made.score(parcel(1))
+    await made.restart()
+    assert (await made.score(parcel(2))).info.rewards == (2.0, 2.0)
+    reward.release.set()
+
+
+async def test_closing_fails_what_waits_and_may_be_done_twice():
+    reward = Slow(hang_on=0)
+    made = scorer(reward)
+    asked = [asyncio.create_task(made.score(parcel(i))) for i in range(3)]
+    await asyncio.sleep(0.05)
+    await made.close()
+    await made.close()
+    for outcome in await asyncio.gather(*asked, return_exceptions=True):
+        assert isinstance(outcome, ScoreFailed) and "was closed" in str(outcome)
+    reward.release.set()
+
+
+async def test_a_caller_that_goes_away_does_not_disturb_the_others():
+    made = scorer(Slow(0.1))
+    gone = asyncio.create_task(made.score(parcel(1)))
+    stays = asyncio.create_task(made.score(parcel(2)))
+    await asyncio.sleep(0.02)
+    gone.cancel()
+    assert (await stays).info.rewards == (2.0, 2.0)
+
+
+def test_evaluation_scores_without_a_loop():
+    made = scorer(Slow())
+    (scored,) = made.score_rollouts([parcel(4).payload])
+    assert scored.scores[0].value == 4.0
