@@ -57,12 +57,12 @@ def test_margins_without_a_pair_are_left_out():
 def test_the_interval_covers_what_new_responses_would_give():
     truth = agreement(*world(n=4000, noise=3.0, seed=99), 0).accuracy["0"].value
     inside = 0
-    for seed in range(20):
-        estimate = agreement(*world(n=150, noise=3.0, seed=seed), 0).accuracy["0"]
+    for seed in range(10):
+        estimate = agreement(*world(n=100, noise=3.0, seed=seed), 0).accuracy["0"]
         inside += estimate.low <= truth <= estimate.high
-        # Pairs share responses: an interval that took them as independent would be +-0.006.
+        # Pairs share responses: an interval that took them as independent would be +-0.01.
         assert estimate.high - estimate.low > 0.04
-    assert inside >= 16
+    assert inside >= 8
 
 
 def test_calibration_is_of_the_difference_of_scores():

@@ -75,9 +75,9 @@ def test_it_reads_the_policy_s_own_hidden_states(model, policy):
 
 
 def test_the_head_starts_as_stiennon_s(policy):
-    heads = torch.cat([ScalarModel.from_policy(policy, s).head.weight for s in range(200)])
-    assert heads.std().item() == pytest.approx(1 / math.sqrt(65), rel=0.03)
-    assert heads.mean().abs().item() < 0.01
+    heads = torch.cat([ScalarModel.from_policy(policy, s).head.weight for s in range(60)])
+    assert heads.std().item() == pytest.approx(1 / math.sqrt(65), rel=0.05)
+    assert heads.mean().abs().item() < 0.015
     assert ScalarModel.from_policy(policy, 0).head.bias.item() == 0
     assert torch.equal(heads[3:4], ScalarModel.from_policy(policy, 3).head.weight)
 

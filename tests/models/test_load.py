@@ -104,3 +104,12 @@ def test_replacing_keeps_the_old_folder_where_writing_fails(tmp_path):
         (new / "b").write_text("two")
     assert [p.name for p in folder.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["thing"], "something was left beside it"
+
+
+def test_what_a_crash_left_behind_is_no_hindrance(tmp_path):
+    for left in (".thing.new", ".thing.old", "thing"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "a").write_text(left)
+    with replacing(tmp_path / "thing") as new:
+        (new / "b").write_text("two")
+    assert [p.name for p in tmp_path.rglob("*")] == ["thing", "b"]

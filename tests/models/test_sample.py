@@ -20,7 +20,13 @@ COLD = 1e-6
 def model():
     tokenizer = train_tokenizer(["a good film"], 300, 32)
     config = ModelConfig(hidden=64, layers=2, heads=2, vocab=300, context=32)
-    return new_llama(config, tokenizer, 0)
+    model = new_llama(config, tokenizer, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # strong enough for attention to decide what comes next
+        for weight in model.model.layers.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.3, generator=generator)
+    return model
 
 
 def draw(model, prompts=PROMPTS, **settings):
