@@ -59,6 +59,7 @@ def start_engine(spec: EngineSpec) -> AsyncLLM:
         enforce_eager=not on_gpu,
         enable_prefix_caching=True,
         async_scheduling=False,
+        scheduling_policy="priority",
         disable_log_stats=True,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",

@@ -1,7 +1,8 @@
 """The generator: a vLLM engine behind the `Generator` role, in one process.
 
-Who waits for whom. `generate` waits for its request, and then until the weights that
-were loaded last have passed the canary: a sample of unproven weights never leaves.
+Who waits for whom. `generate` begins and ends while the weights that were loaded last
+have passed the canary; where others failed it meanwhile, the group is rolled out anew:
+a sample of unproven weights never leaves.
 `load_weights` waits for nobody: requests in flight are frozen, not drained, and go on
 under the new weights with their cache computed anew; each token keeps the version
 that sampled it. One lock owns pause and resume.
@@ -13,7 +14,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -25,14 +26,20 @@ from distrl.records import GroupInfo, Parcel, Prompt, Rollout, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
 
 if TYPE_CHECKING:
+    from vllm.logprobs import FlatLogprobs
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    Queued = asyncio.Future[RequestOutputCollector]
 
 T = TypeVar("T")
 
 SHUTDOWN_S = 5.0
 """The engine's processes get this long to end of themselves and free their shared memory."""
+
+PROBE_PRIORITY = -1
+"""Before all samples (0): a sync must not last until the queue of prompts is empty."""
 
 
 class Gate:
@@ -40,7 +47,7 @@ class Gate:
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
-        self.waiting: dict[asyncio.Future[RequestOutputCollector], Prompt] = {}
+        self.waiting: dict[Queued, Prompt] = {}
 
     @property
     def full(self) -> bool:
@@ -62,6 +69,7 @@ class VLLMGenerator:
         self._bad_loads = 0
         self._gate: Gate | None = None
         self._releasing: asyncio.Task[None] | None = None
+        self._collectors: set[RequestOutputCollector] = set()
 
     async def start(self) -> None:
         """Start the engine; it holds the checkpoint's weights, as version 0."""
@@ -84,6 +92,7 @@ class VLLMGenerator:
         """Roll out one group. Raises RoleError: the group was lost."""
         began = time.monotonic()
         while True:
+            await self._proven.wait()
             bad_loads = self._bad_loads
             rollout = await self._roll(prompt)
             await self._proven.wait()
@@ -113,7 +122,7 @@ class VLLMGenerator:
         gate = self._gate
         if gate is None:
             return await self._alive(self._add(prompt))
-        queued: asyncio.Future[RequestOutputCollector] = asyncio.Future()
+        queued: Queued = asyncio.Future()
         gate.waiting[queued] = prompt
         if gate.full:
             self._gate = None
@@ -128,43 +137,53 @@ class VLLMGenerator:
     async def _release(self, gate: Gate) -> None:
         """Start a whole batch; each who waits gets its request, or the reason why not."""
         try:
-            collectors = await self._add_all(gate)
+            outcomes = await self._add_all(gate)
         except Exception as error:  # whatever it was: nobody may wait for ever
-            for queued in gate.waiting:
+            outcomes = dict.fromkeys(gate.waiting, error)
+        for queued, outcome in outcomes.items():
+            if isinstance(outcome, Exception):
                 if not queued.done():
-                    queued.set_exception(error)
-            return
-        for queued, collector in collectors.items():
-            if queued.cancelled():
-                await self.engine.abort(collector.request_id, internal=True)
+                    queued.set_exception(outcome)
+            elif queued.done():
+                await self.engine.abort(outcome.request_id, internal=True)
             else:
-                queued.set_result(collector)
+                queued.set_result(outcome)
 
-    async def _add_all(
-        self, gate: Gate
-    ) -> dict[asyncio.Future[RequestOutputCollector], RequestOutputCollector]:
+    async def _add_all(self, gate: Gate) -> dict[Queued, RequestOutputCollector | Exception]:
         """Queue a whole batch while the engine stands still, then let it run.
 
         Sorted, so that the order of arrival is no matter. The question whether the
         engine is paused travels behind the requests in the same queue: its answer
         proves that all of them have arrived.
         """
+        outcomes: dict[Queued, RequestOutputCollector | Exception] = {}
         ordered = sorted(gate.waiting.items(), key=lambda entry: entry[1].index)
         async with self._updating:
             await self.engine.pause_generation(mode="keep", clear_cache=False)
             try:
-                collectors = {queued: await self._add(prompt) for queued, prompt in ordered}
+                for queued, prompt in ordered:
+                    try:
+                        outcomes[queued] = await self._add(prompt)
+                    except RoleError as error:
+                        outcomes[queued] = error
                 await self.engine.is_paused()
             finally:
                 await self.engine.resume_generation()
-        return collectors
+        return outcomes
 
     async def _add(self, prompt: Prompt) -> RequestOutputCollector:
-        return await self.engine.add_request(
-            f"{self.name}-{next(self._ids)}",
-            {"prompt_token_ids": prompt.token_ids.tolist()},
-            self._sampling(),
-        )
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            return await self.engine.add_request(
+                f"{self.name}-{next(self._ids)}",
+                {"prompt_token_ids": prompt.token_ids.tolist()},
+                self._sampling(),
+            )
+        except VLLMValidationError as error:
+            raise RoleError(
+                f"{self.name}: prompt {prompt.prompt_id!r} is refused: {error}"
+            ) from error
 
     def _sampling(self) -> Any:
         from vllm import SamplingParams
@@ -184,6 +203,7 @@ class VLLMGenerator:
 
     async def _finished(self, collector: RequestOutputCollector) -> RequestOutput:
         """The final output of a request; aborts it where nobody waits any more."""
+        self._collectors.add(collector)
         try:
             while True:
                 output: Any = await self._alive(_next(collector))
@@ -193,7 +213,7 @@ class VLLMGenerator:
             await self.engine.abort(collector.request_id, internal=True)
             raise
         finally:
-            collector.close()
+            self._collectors.discard(collector)
 
     async def _alive(self, call: Awaitable[T]) -> T:
         """Await an engine call; a dead engine becomes WorkerDied."""
@@ -213,19 +233,16 @@ class VLLMGenerator:
         """Take on `weights` with requests in flight, and prove it by the canary.
 
         Raises CanaryMismatch (load again, or replace this generator), or WorkerDied
-        where the transfer failed: the engine may hold half of each version then.
+        where the transfer failed: the engine may hold half of each version then, and is
+        stopped.
         """
         async with self._updating:
             self._proven.clear()
             try:
-                async with asyncio.timeout(self.sync.timeout_s):
-                    await self._alive(self._transfer(weights))
-                    gap = await self._alive(self._canary_gap(weights))
-            except TimeoutError:
-                raise WorkerDied(
-                    f"{self.name}: version {weights.version} was not loaded within "
-                    f"sync.timeout_s={self.sync.timeout_s:g}"
-                ) from None
+                gap = await self._load(weights)
+            except WorkerDied:
+                await self.close()
+                raise
             if not gap <= self.sync.canary_tolerance:
                 self._bad_loads += 1
                 raise CanaryMismatch(
@@ -234,6 +251,18 @@ class VLLMGenerator:
                     f"sync.canary_tolerance={self.sync.canary_tolerance:g})"
                 )
             self._proven.set()
+
+    async def _load(self, weights: Weights) -> float:
+        """Transfer, then the canary's gap in nats; all within the deadline."""
+        try:
+            async with asyncio.timeout(self.sync.timeout_s):
+                await self._alive(self._transfer(weights))
+                return await self._alive(self._canary_gap(weights))
+        except TimeoutError:
+            raise WorkerDied(
+                f"{self.name}: version {weights.version} was not loaded within "
+                f"sync.timeout_s={self.sync.timeout_s:g}"
+            ) from None
 
     async def _transfer(self, weights: Weights) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -271,9 +300,11 @@ class VLLMGenerator:
             f"{self.name}-probe-{next(self._ids)}",
             {"prompt_token_ids": token_ids.tolist()},
             params,
+            priority=PROBE_PRIORITY,
         )
         output = await self._finished(collector)
-        return token_logprobs(output.prompt_logprobs[1:], token_ids[1:])
+        flat = cast("FlatLogprobs", output.prompt_logprobs)  # flat_logprobs asks for it
+        return token_logprobs(flat[1:], token_ids[1:])
 
     # -- life ---------------------------------------------------------------------
 
@@ -281,13 +312,20 @@ class VLLMGenerator:
         """Start the engine anew in this process. No rollout leaves before `load_weights`."""
         await self.close()
         self._proven.clear()
-        self._bad_loads += 1
-        self._gate = None
         await self._launch()
 
     async def close(self) -> None:
-        """Stop the engine and its processes. May be called twice."""
+        """Stop the engine and its processes; who waits gets WorkerDied. May be called twice."""
         engine, self._engine = self._engine, None
+        gone = WorkerDied(f"{self.name}: its engine was stopped")
+        for collector in self._collectors:
+            collector.put(gone)
+        gate, self._gate = self._gate, None
+        for queued in gate.waiting if gate else ():
+            if not queued.done():
+                queued.set_exception(gone)
+        self._bad_loads += 1
+        self._proven.set()
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
 

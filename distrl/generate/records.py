@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -53,7 +53,8 @@ def _sample(completion: CompletionOutput, text: str) -> Sample:
 
 def _sampled_logprobs(completion: CompletionOutput) -> np.ndarray:
     """[T] float32: what the engine says of each token that it sampled."""
-    return token_logprobs(completion.logprobs, np.asarray(completion.token_ids))
+    flat = cast("FlatLogprobs | None", completion.logprobs)  # flat_logprobs asks for it
+    return token_logprobs(flat, np.asarray(completion.token_ids))
 
 
 def token_logprobs(flat: FlatLogprobs | None, token_ids: np.ndarray) -> np.ndarray:

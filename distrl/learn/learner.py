@@ -73,9 +73,11 @@ class PPOLearner:
         self.spec, self.config = spec, spec.config
         self.device = best_device() if spec.config.gpus else torch.device("cpu")
         self.tokenizer = load_tokenizer(spec.policy)
-        self.policy = load_policy(spec.policy, tokenizer=self.tokenizer).to(self.device)
-        self.reference = load_policy(spec.policy).to(self.device).requires_grad_(False)
-        self.critic = self._new_critic().to(self.device)
+        self.policy = load_policy(spec.policy, tokenizer=self.tokenizer)
+        self.reference = load_policy(spec.policy).requires_grad_(False)
+        self.critic = self._new_critic()
+        for module in (self.policy, self.reference, self.critic):
+            nn.Module.to(module, self.device)
         self.policy_optimizer = self._adamw(self.policy)
         self.critic_optimizer = self._adamw(self.critic)
         kl = spec.config.kl

@@ -97,9 +97,8 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> in
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for tensor in tensors.values():
-        _write_all(
-            file, memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        )
+        bytes_N = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        _write_all(file, bytes_N.data)
     return offset
 
 

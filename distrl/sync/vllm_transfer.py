@@ -8,6 +8,7 @@ memory (see `distrl.sync.memory`), which is mapped, checked and loaded in place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
@@ -63,6 +64,6 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate])
             nbytes = sum(t.numel() * t.element_size() for _, t in tensors)
             if nbytes != update_info.nbytes:
                 raise ValueError(f"{nbytes} bytes of weights where {update_info.nbytes} were sent")
-            self.model.load_weights(iter(tensors))
+            cast(Any, self.model).load_weights(iter(tensors))
 
     def shutdown(self) -> None: ...

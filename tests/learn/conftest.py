@@ -7,22 +7,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from numpy.typing import ArrayLike
 
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
 
 
-def sample(ids: Sequence[int], logprobs: Sequence[float], version: int = 0) -> Sample:
+def sample(ids: ArrayLike, logprobs: ArrayLike) -> Sample:
+    tokens = np.asarray(ids, dtype=np.int32)
     return Sample(
         text="",
-        token_ids=np.asarray(ids, dtype=np.int32),
+        token_ids=tokens,
         logprobs=np.asarray(logprobs, dtype=np.float32),
-        spans=(VersionSpan(version=version, start=0, end=len(ids)),),
-        finish_reason="stop" if ids[-1] == 2 else "length",
+        spans=(VersionSpan(version=0, start=0, end=len(tokens)),),
+        finish_reason="stop" if tokens[-1] == 2 else "length",
     )
 
 
 def group(
-    prompt: Sequence[int], samples: Sequence[Sample], scores: Sequence[float], index: int = 0
+    prompt: ArrayLike, samples: Sequence[Sample], scores: Sequence[float], index: int
 ) -> ScoredRollout:
     ids = np.asarray(prompt, dtype=np.int32)
     asked = Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="", token_ids=ids)

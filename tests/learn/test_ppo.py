@@ -47,7 +47,10 @@ def batch(make_groups, models):
 
 
 def prepared_for(batch, models, config):
-    return prepare(batch, *models, config, temperature=TEMPERATURE, kl_coef=KL_COEF)
+    policy, reference, critic = models
+    return prepare(
+        batch, policy, reference, critic, config, temperature=TEMPERATURE, kl_coef=KL_COEF
+    )
 
 
 def run_backward(batch, prepared, models, config, index=None):
@@ -161,7 +164,8 @@ def test_losses_and_gradients_equal_the_formulas(models, batch):
     prepared = prepared_for(batch, models, config)
     known = slow_prepare(batch, models, config)
     policy, _, critic = models
-    shake(policy, seed=7), shake(critic, seed=8)  # away from where it was prepared
+    shake(policy, seed=7)  # away from where it was prepared
+    shake(critic, seed=8)
     report, grads = run_backward(batch, prepared, models, config)
     policy.zero_grad()
     critic.zero_grad()

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def transfer():
     from distrl.sync.vllm_transfer import SharedMemoryTransfer
 
     transfer = object.__new__(SharedMemoryTransfer)  # its base wants a whole engine's config
-    transfer.__dict__.update(SimpleNamespace(model=Model(), device=torch.device("cpu")).__dict__)
+    vars(transfer).update(model=Model(), device=torch.device("cpu"))
     return transfer
 
 
