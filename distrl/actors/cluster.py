@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,18 @@ QUIET_RAY = {
     "RAY_kill_child_processes_on_worker_exit": "0",
 }
 """Ray's settings for a local cluster, unless the environment has its own."""
+
+
+SESSION: dict[str, Any] = {
+    "namespace": "distrl",
+    "log_to_driver": False,
+    "logging_level": logging.ERROR,
+}
+"""Actors write logs of their own; Ray's would only be in the way of the progress."""
+
+
+KNOCK_TIMEOUT_S = 10
+"""A head node that is there answers within this time."""
 
 
 class PlacementError(Exception):
@@ -62,31 +76,50 @@ def connected(config: Config) -> Iterator[None]:
     """Within it Ray is there: the cluster at `cluster.address`, or one made for this run.
 
     A local cluster is given as many logical CPUs as the roles ask for: on a laptop they
-    share the real cores. It ends with the block, and with this process.
+    share the real cores. It ends with the block, and with this process; so do its files.
     """
     os.environ |= QUIET_RAY | {k: v for k, v in os.environ.items() if k in QUIET_RAY}
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.cluster.address is not None:
+    # Ray may still write its last log lines while its folder is removed.
+    with tempfile.TemporaryDirectory(prefix="distrl-ray-", ignore_cleanup_errors=True) as scratch:
+        if config.cluster.address is None:
+            _start_here(config, scratch)
+        else:
+            _join(config.cluster.address)
         try:
-            ray.init(address=config.cluster.address, namespace="distrl", **quiet)
-        except (ConnectionError, RuntimeError) as error:
-            raise PlacementError(
-                f"no Ray cluster answers at cluster.address={config.cluster.address!r}: {error}. "
-                "Start one with 'ray start --head' (see cluster/README.md)"
-            ) from error
-    else:
-        cpus = sum(d.workers * d.cpus for d in demands(config))
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES + int(config.driver.buffer_mib * 2**20),
-            namespace="distrl",
-            **quiet,
-        )
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start_here(config: Config, scratch: str) -> None:
+    cpus = sum(d.workers * d.cpus for d in demands(config))
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES + int(config.driver.buffer_mib * 2**20),
+        _temp_dir=scratch,
+        **SESSION,
+    )
+
+
+def _join(address: str) -> None:
     try:
-        yield
-    finally:
-        ray.shutdown()
+        if address != "auto":
+            _knock(address)
+        ray.init(address=address, **SESSION)
+    except (OSError, RuntimeError) as error:
+        raise PlacementError(
+            f"no Ray cluster answers at cluster.address={address!r}: {error}. "
+            "Start one with 'ray start --head' (see cluster/README.md)"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would go on trying for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise PlacementError(f"cluster.address={address!r} should be 'auto' or host:port")
+    socket.create_connection((host, int(port)), KNOCK_TIMEOUT_S).close()
 
 
 def check_demands(wanted: list[Demand], nodes: list[dict[str, float]]) -> None:

@@ -64,13 +64,18 @@ class ActorHandle:
         ray.kill(actor)
 
     async def alive(self, reference: Any) -> Any:
-        """Await a call; an actor that is gone becomes WorkerDied with its last words."""
+        """Await a call; an actor that is gone becomes WorkerDied with its last words.
+
+        What the actor itself raised is raised here as it was there.
+        """
         try:
             return await reference
         except RayActorError as error:
             raise WorkerDied(
                 f"{self.name} died: {_first_line(error)}\n{tail(self._log)}"
             ) from error
+        except RayTaskError as error:
+            raise error.cause from error
 
     def running(self) -> Any:
         """The actor. Raises WorkerDied where there is none."""

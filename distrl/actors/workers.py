@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ class GeneratorActor:
     async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
         """Take on weights whose image came from another machine."""
         path = self.images.relay(memoryview(image), weights.version)
-        fields = {name: getattr(weights, name) for name in Weights.__slots__}
-        await self.load_weights(Weights(**(fields | {"locator": path})))
+        await self.load_weights(replace(weights, locator=path))
 
     async def close(self) -> None:
         await self.generator.close()

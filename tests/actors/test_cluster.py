@@ -1,0 +1,113 @@
+"""What a run asks of a cluster, and the word on what is missing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import ray
+
+from distrl.actors.cluster import (
+    Demand,
+    PlacementError,
+    check_demands,
+    connected,
+    demands,
+    place,
+    release,
+)
+from distrl.actors.launch import generator_cores
+from distrl.config import Config
+
+LEARNER = Demand(role="learner", workers=1, cpus=1, gpus=0)
+GENERATORS = Demand(role="generator", workers=2, cpus=1, gpus=1)
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate(sections)
+
+
+def test_every_role_is_asked_for() -> None:
+    wanted = demands(config(generate={"workers": 3, "cpus": 2, "gpus": 1}, score={"cpus": 0.5}))
+    assert [(d.role, d.workers, d.bundle) for d in wanted] == [
+        ("learner", 1, {"CPU": 1}),
+        ("generator", 3, {"CPU": 2, "GPU": 1}),
+        ("scorer", 1, {"CPU": 0.5}),
+    ]
+
+
+def test_a_bundle_is_never_empty() -> None:
+    """Ray refuses a bundle without resources."""
+    assert Demand(role="scorer", workers=1, cpus=0, gpus=0).bundle == {"CPU": 0.01}
+
+
+def test_what_fits_passes() -> None:
+    check_demands([LEARNER, GENERATORS], [{"CPU": 2, "GPU": 1}, {"CPU": 1, "GPU": 1}])
+
+
+def test_a_bundle_that_no_machine_holds() -> None:
+    with pytest.raises(PlacementError) as refused:
+        check_demands([LEARNER, GENERATORS], [{"CPU": 4}, {"GPU": 8}])
+    said = str(refused.value)
+    assert "hold a generator, which asks for 1 CPU, 1 GPU" in said
+    assert "4 CPU; 8 GPU" in said
+    assert "generate.cpus or generate.gpus" in said
+
+
+def test_bundles_that_fit_alone_but_not_together() -> None:
+    with pytest.raises(PlacementError) as refused:
+        check_demands([LEARNER, GENERATORS], [{"CPU": 2, "GPU": 4}])
+    assert "needs 3 CPUs (1 learner(s) x 1, 2 generator(s) x 1)" in str(refused.value)
+    assert "the cluster has 2" in str(refused.value)
+
+
+def test_a_cluster_without_machines() -> None:
+    with pytest.raises(PlacementError, match="the machines have: nothing"):
+        check_demands([LEARNER], [])
+
+
+def test_generators_take_cores_from_the_first_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 6, 7})
+    two = config(generate={"workers": 2, "cpus": 2})
+    assert [generator_cores(two, place) for place in range(3)] == ["2,3", "6,7", "2,3"]
+    assert generator_cores(config(generate={"gpus": 1}), 0) is None
+    assert generator_cores(config(cluster={"address": "auto"}), 0) is None
+
+
+def test_a_cluster_that_is_not_there() -> None:
+    """Said at once; nothing is begun."""
+    for address, said in {
+        "127.0.0.1:1": r"cluster\.address='127\.0\.0\.1:1'.*refused.*ray start --head",
+        "nobody.invalid:6379": r"cluster\.address='nobody\.invalid:6379'.*ray start --head",
+        "127.0.0.1": r"'127\.0\.0\.1' should be 'auto' or host:port",
+    }.items():
+        with (
+            pytest.raises(PlacementError, match=said),
+            connected(config(cluster={"address": address})),
+        ):
+            pytest.fail("joined nothing")
+
+
+@pytest.mark.slow
+def test_what_others_hold_is_told(local_ray: Config) -> None:
+    """Fits the machine, but somebody else has it: a deadline, and the word for it."""
+    everything = int(ray.cluster_resources()["CPU"])
+    mine = Demand(role="learner", workers=1, cpus=everything, gpus=0)
+    held = place([mine], 10)
+    try:
+        with pytest.raises(PlacementError) as refused:
+            place([LEARNER], 1)
+    finally:
+        release(held)
+    said = str(refused.value)
+    assert "found no place within cluster.placement_timeout_s=1" in said
+    assert "asks for 1 CPU, and free is no CPU" in said
+    assert "ray status" in said
+    release(place([LEARNER], 10))  # what failed left nothing reserved
+
+
+@pytest.mark.slow
+def test_too_much_is_refused_at_once(local_ray: Config) -> None:
+    with pytest.raises(PlacementError, match="no machine of the cluster can hold a generator"):
+        place([LEARNER, GENERATORS], 60)

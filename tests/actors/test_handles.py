@@ -1,0 +1,222 @@
+"""Handles: a death is told with its last words, an error as it was, and restarts work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from distrl.actors import handles
+from distrl.actors.handles import ActorHandle, GeneratorHandle, LearnerHandle
+from distrl.actors.process import log_to, node_id, tail
+from distrl.actors.workers import remote
+from distrl.records import GroupInfo, Prompt, Rollout, Sample, VersionSpan, Weights
+from distrl.roles import CanaryMismatch, LearnerFailed, WorkerDied
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+
+class Worker:
+    """An actor with a log, and every way to go wrong."""
+
+    def __init__(self, log: Path, started: float = 0, refuse: bool = False) -> None:
+        log_to(log)
+        self.started = started
+        if refuse:
+            raise ValueError("cannot be made")
+
+    async def start(self) -> str:
+        await asyncio.sleep(self.started)
+        print("served", flush=True)
+        return node_id()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def mismatch(self) -> None:
+        raise CanaryMismatch("off by 2 nats")
+
+    async def bug(self) -> None:
+        raise ZeroDivisionError("somewhere deep")
+
+    async def end(self) -> None:
+        sys.stderr.write("the engine is gone\n")
+        sys.stderr.flush()
+        os._exit(75)
+
+    async def hang(self) -> None:
+        await asyncio.sleep(600)
+
+    async def close(self) -> None:
+        print("closed", flush=True)
+
+    # -- the generator's and the learner's part of a sync
+
+    @ray.method(num_returns=2)
+    async def generate(self, prompt: Prompt) -> tuple[GroupInfo, Rollout]:
+        sample = Sample(
+            text="x",
+            token_ids=np.array([5], dtype=np.int32),
+            logprobs=np.zeros(1, dtype=np.float32),
+            spans=(VersionSpan(version=0, start=0, end=1),),
+            finish_reason="stop",
+        )
+        rollout = Rollout(prompt=prompt, samples=(sample,), generator="g")
+        return GroupInfo.of(rollout, 0.5), rollout
+
+    async def load_weights(self, weights: Weights) -> None:
+        print(f"loaded {weights.version} from {weights.locator}", flush=True)
+
+    async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
+        print(f"relayed {weights.version}: {image.tolist()}", flush=True)
+
+    async def image(self, weights: Weights) -> np.ndarray:
+        print(f"image of {weights.version}", flush=True)
+        return np.array([weights.version], dtype=np.uint8)
+
+
+def handle(log: Path, kind: type = ActorHandle, timeout_s: float = 60, **options: Any) -> Any:
+    actor = remote(Worker).options(num_cpus=0, max_concurrency=10)
+    return kind("worker-0", lambda: actor.remote(log, **options), log, timeout_s)
+
+
+async def test_a_death_is_told_with_its_last_words(tmp_path: Path) -> None:
+    worker = handle(tmp_path / "log")
+    await worker.start()
+    pid = await worker.alive(worker.running().pid.remote())
+    with pytest.raises(WorkerDied) as death:
+        await worker.alive(worker.running().end.remote())
+    said = str(death.value)
+    assert said.startswith("worker-0 died: ")
+    assert f"last lines of {tmp_path / 'log'}:" in said
+    assert said.endswith("the engine is gone")
+    assert not psutil.pid_exists(pid)
+
+    await worker.restart()
+    assert await worker.alive(worker.running().pid.remote()) != pid
+    assert worker.node == ray.nodes()[0]["NodeID"]
+    await worker.close()
+    await worker.close()
+    with pytest.raises(WorkerDied, match="worker-0 is not running"):
+        worker.running()
+
+
+async def test_calls_in_flight_die_with_the_actor(tmp_path: Path) -> None:
+    worker = handle(tmp_path / "log")
+    await worker.start()
+    waiting = asyncio.ensure_future(worker.alive(worker.running().hang.remote()))
+    pid = await worker.alive(worker.running().pid.remote())
+    psutil.Process(pid).kill()
+    with pytest.raises(WorkerDied):
+        await asyncio.wait_for(waiting, 30)
+    await worker.close()
+
+
+async def test_what_an_actor_raises_arrives_as_it_was(tmp_path: Path) -> None:
+    worker = handle(tmp_path / "log")
+    await worker.start()
+    with pytest.raises(CanaryMismatch) as mismatch:
+        await worker.alive(worker.running().mismatch.remote())
+    assert str(mismatch.value) == "off by 2 nats", "no traceback of another process"
+    with pytest.raises(ZeroDivisionError) as bug:
+        await worker.alive(worker.running().bug.remote())
+    assert "in bug" in str(bug.value.__cause__), "but it can be found"
+    await worker.close()
+
+
+async def test_an_actor_that_does_not_come_up(tmp_path: Path) -> None:
+    slow = handle(tmp_path / "slow", timeout_s=3, started=600)
+    with pytest.raises(WorkerDied, match="worker-0 did not start within 3 s"):
+        await slow.start()
+    await slow.close()
+    refused = handle(tmp_path / "refused", refuse=True)
+    with pytest.raises(WorkerDied) as death:
+        await refused.start()
+    assert "cannot be made" in str(death.value)
+    await refused.close()
+
+
+async def test_closing_does_not_wait_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "CLOSE_TIMEOUT_S", 0.5)
+    worker = handle(tmp_path / "log")
+    await worker.start()
+    actor = worker.running()
+    pid = await actor.pid.remote()
+    monkeypatch.setattr(type(worker), "alive", ActorHandle.alive)
+    actor.close = actor.hang
+    await asyncio.wait_for(worker.close(), 10)
+    await gone(pid)
+
+
+async def gone(pid: int) -> None:
+    async with asyncio.timeout(20):
+        while psutil.pid_exists(pid):
+            await asyncio.sleep(0.1)
+
+
+def weights(version: int) -> Weights:
+    return Weights(
+        version=version,
+        transport="shm",
+        locator="/proc/1/fd/0",
+        nbytes=1,
+        probe_ids=np.zeros(2, dtype=np.int32),
+        probe_logprobs=np.zeros(1, dtype=np.float32),
+    )
+
+
+async def test_weights_go_by_image_to_another_machine_and_by_path_on_this_one(
+    tmp_path: Path,
+) -> None:
+    learner = handle(tmp_path / "learner", LearnerHandle)
+    near, far = (handle(tmp_path / name, GeneratorHandle) for name in ("near", "far"))
+    for worker in (learner, near, far):
+        await worker.start()
+    near.learner = far.learner = learner
+    far.node = "elsewhere"
+    for version in (1, 2):
+        await near.load_weights(weights(version))
+        await far.load_weights(weights(version))
+        await far.load_weights(weights(version))
+    assert "loaded 1 from /proc/1/fd/0" in (tmp_path / "near").read_text()
+    assert (tmp_path / "far").read_text().count("relayed 2: [2]") == 2
+    assert (tmp_path / "learner").read_text().count("image of 2") == 1, "one image a version"
+    for worker in (learner, near, far):
+        await worker.close()
+
+
+async def test_tokens_stay_behind_a_reference(tmp_path: Path) -> None:
+    generator = handle(tmp_path / "log", GeneratorHandle)
+    await generator.start()
+    prompt = Prompt(
+        index=3, epoch=0, prompt_id="p", text="t", token_ids=np.array([1], dtype=np.int32)
+    )
+    parcel = await generator.generate(prompt)
+    assert (parcel.info.index, parcel.info.lengths) == (3, (1,))
+    assert isinstance(parcel.payload, ray.ObjectRef)
+    assert (await parcel.payload).samples[0].token_ids.tolist() == [5]
+    await generator.close()
+
+
+async def test_a_learner_that_dies_ends_the_run(tmp_path: Path) -> None:
+    learner = handle(tmp_path / "log", LearnerHandle)
+    await learner.start()
+    with pytest.raises(LearnerFailed, match="the engine is gone"):
+        await learner._call(learner.running().end.remote())
+    await learner.close()
+
+
+def test_the_tail_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert tail(log) == f"(no log at {log})"
+    log.write_text("\n".join(f"line {k}" for k in range(100)))
+    assert tail(log, 2) == f"last lines of {log}:\nline 98\nline 99"
