@@ -305,9 +305,9 @@ class LearnConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the generators, and the proof that they did."""
 
-    transport: Literal["auto", "shm", "nccl"] = Field(
-        default="auto",
-        description="auto: nccl where the learner and the generators have GPUs, else shm",
+    transport: Literal["shm"] = Field(
+        default="shm",
+        description="shm: shared memory on the learner's machine, Ray's object store to others",
     )
     timeout_s: float = Field(default=120, gt=0, description="deadline of every call of a sync")
     canary_tolerance: float = Field(
@@ -427,10 +427,6 @@ class Config(Section):
                 f"sft.max_tokens and reward_model.max_tokens must be within "
                 f"model.context={self.model.context}"
             )
-        if self.sync.transport == "nccl" and not (self.learn.gpus and self.generate.gpus):
-            raise ConfigError(
-                "sync.transport=nccl needs learn.gpus and generate.gpus; use shm on CPUs"
-            )
         return self
 
     @model_validator(mode="after")
@@ -474,13 +470,6 @@ class Config(Section):
     def slots(self) -> int:
         """Groups that may be under way at once: (max_staleness + 1) x prompts_per_step."""
         return (self.driver.max_staleness + 1) * self.driver.prompts_per_step
-
-    @property
-    def transport(self) -> str:
-        """The transport that `auto` comes to."""
-        if self.sync.transport != "auto":
-            return self.sync.transport
-        return "nccl" if self.learn.gpus and self.generate.gpus else "shm"
 
 
 def _divisors(n: int) -> list[int]:

@@ -203,7 +203,7 @@ class Weights:
 
     Attributes:
         version: the learner's version, 0 before the first update.
-        transport: name of the transport that can fetch it ("shm", "nccl").
+        transport: name of the transport that can fetch it ("shm").
         locator: what the transport needs: a path for "shm".
         nbytes: size of all tensors.
         probe_ids: [K] int32, the canary's tokens.

@@ -88,7 +88,6 @@ class _Maker:
             config=config.generate,
             max_model_len=config.generate.max_model_len or config.sequence_tokens,
             seed=config.run.seed + place,
-            transport=config.transport,
             cores=generator_cores(config, place),
         )
         actor = self._actor("generator", place, GeneratorActor, max_concurrency=MAX_CALLS)

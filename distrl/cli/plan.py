@@ -41,7 +41,7 @@ def _limits(config: Config) -> Table:
             f"{driver.prompts_per_step}"
         ),
         "longest sequence": f"{config.sequence_tokens} tokens",
-        "weight transport": config.transport,
+        "weight transport": config.sync.transport,
         "checkpoints": f"every {driver.checkpoint_every} steps, the last "
         f"{driver.keep_checkpoints} kept",
     }

@@ -23,7 +23,6 @@ class EngineSpec:
         config: the `generate` section.
         max_model_len: tokens of prompt + response that must fit.
         seed: of the engine's own sampler (per-request seeds can kill the CPU engine).
-        transport: "shm" or "nccl".
         cores: CPU cores to bind to, as "0" or "0-3"; None lets vLLM choose.
     """
 
@@ -31,7 +30,6 @@ class EngineSpec:
     config: GenerateConfig
     max_model_len: int
     seed: int
-    transport: str = "shm"
     cores: str | None = None
 
 
@@ -63,9 +61,7 @@ def start_engine(spec: EngineSpec) -> AsyncLLM:
         disable_log_stats=True,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(
-            backend=BACKEND if spec.transport == "shm" else spec.transport
-        ),
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         trust_remote_code=False,
     )
     return AsyncLLM.from_engine_args(args)

@@ -104,7 +104,7 @@ REFUSED = {
     "canary": (["--sync.canary_tokens", "99"], ["sync.canary_tokens=99", "51 or less"]),
     "heads": (["--model.heads", "7"], ["model.hidden=192", "model.heads=7"]),
     "no policy": (["--sft.epochs", "0"], ["sft.epochs=0", "model.path"]),
-    "no GPU for nccl": (["--sync.transport", "nccl"], ["sync.transport=nccl", "use shm"]),
+    "no such transport": (["--sync.transport", "nccl"], ["sync.transport", "shm"]),
     "reward part": (
         ["--score.parts", '[{"name": "a"}]'],
         ["'a'", "needs either model or function"],
