@@ -55,6 +55,7 @@ class GeneratorActor:
         _begin(log_path)
         self.generator = VLLMGenerator(name, spec, sync)
         self.images = SharedMemoryPublisher()
+        self.closing = False
 
     async def start(self) -> str:
         await self.generator.start()
@@ -65,7 +66,7 @@ class GeneratorActor:
         try:
             parcel = await self.generator.generate(prompt)
         except WorkerDied as error:
-            _end(error)
+            self._end_unless_closing(error)
             raise
         return parcel.info, parcel.payload
 
@@ -76,16 +77,24 @@ class GeneratorActor:
         try:
             await self.generator.load_weights(weights)
         except WorkerDied as error:
-            _end(error)
+            self._end_unless_closing(error)
+            raise
 
     async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
         """Take on weights whose image came from another machine."""
-        path = self.images.relay(memoryview(image), weights.version)
+        path = self.images.relay(image.data, weights.version)
         await self.load_weights(replace(weights, locator=path))
 
     async def close(self) -> None:
+        """Stop the engine, and give it the time to free its shared memory."""
+        self.closing = True
         await self.generator.close()
         self.images.close()
+
+    def _end_unless_closing(self, error: WorkerDied) -> None:
+        """An engine that is stopped on purpose takes its requests in flight with it."""
+        if not self.closing:
+            _end(error)
 
 
 class ScorerActor:
