@@ -183,7 +183,7 @@ async def _measure(
 
 
 async def _through_driver(config: Config, cast: Any, rows: list[list[int]]) -> float:
-    generator = Timed(cast.generators[0])
+    generator: Any = Timed(cast.generators[0])
     await Driver(
         config.driver.model_copy(update={"steps": 1, "max_staleness": 1}),
         source=Source(rows),

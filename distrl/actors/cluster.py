@@ -160,7 +160,7 @@ def place(wanted: list[Demand], timeout_s: float) -> dict[str, PlacementGroup]:
             raise PlacementError(
                 f"the {demand.workers} {demand.role}(s) found no place within "
                 f"cluster.placement_timeout_s={timeout_s:g}: each asks for "
-                f"{_words(demand.bundle)}, and free is {_words(ray.available_resources())}. "
+                f"{_words(demand.bundle)}, and free is {_words(dict(ray.available_resources()))}. "
                 "Somebody else may hold the rest: 'ray status' tells"
             )
     return groups

@@ -26,6 +26,7 @@ def response_logprobs(
     hidden_BLD = policy.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
     picked_ND = hidden_BLD[_predicting(batch)]
     head = policy.get_output_embeddings()
+    assert head is not None  # a causal language model has one
     logits_1NV = head(picked_ND)[None]
     logprobs_1N, entropy_1N = token_logprobs(
         logits_1NV, batch.tokens_BT[mask_BT][None], temperature, with_entropy=with_entropy
