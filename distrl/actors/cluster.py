@@ -24,8 +24,10 @@ QUIET_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # An engine's shared memory is freed by the resource tracker that Python starts beside an
-    # actor; Ray would kill it together with the actor. Engines see to their own end.
+    # actor; Ray would kill it together with the actor, by parent and by process group. Engines
+    # see to their own end.
     "RAY_kill_child_processes_on_worker_exit": "0",
+    "RAY_process_group_cleanup_enabled": "0",
 }
 """Ray's settings for a local cluster, unless the environment has its own."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from distrl.actors.process import tail
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 from distrl.roles import LearnerFailed, WorkerDied
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -51,6 +54,7 @@ class ActorHandle:
 
     async def restart(self) -> None:
         """End the actor, if it is still there, and make another."""
+        logger.warning("restarting %s; its log: %s", self.name, self._log)
         await self.close()
         await self.start()
 

@@ -43,6 +43,7 @@ DEAD_ENGINE = 75
 
 
 def _begin(path: Path) -> None:
+    os.setpgid(0, 0)  # a terminal's Ctrl-C is for the driver, which ends its actors in order
     log_to(path)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
