@@ -230,7 +230,7 @@ def test_the_policy_loads_in_transformers(survivor: Run) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = survivor.folder / "policy"
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the film", return_tensors="pt").input_ids
     out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
