@@ -41,7 +41,7 @@ def main() -> None:
         "KL, nats a response <= 12": (kl["value"] <= 12, _ci(kl)),
         "judge gain >= 0.3": (judge["value"] >= 0.3 and judge["low"] > 0, _ci(judge)),
         "RM accuracy, gap > 0.5 >= 74 %": (accuracy["0.5"]["value"] >= 0.74, _ci(accuracy["0.5"])),
-        "RM accuracy, gap > 2 >= 81 %": (accuracy["2.0"]["value"] >= 0.81, _ci(accuracy["2.0"])),
+        "RM accuracy, gap > 2 >= 81 %": (accuracy["2"]["value"] >= 0.81, _ci(accuracy["2"])),
         "largest lag-0 mismatch <= 1e-4": (lag0 <= 1e-4, f"{lag0:.1e}"),
         f"oldest token <= {bound} version": (oldest <= bound, f"{oldest:.0f}"),
         "minutes <= 12": (times["demo"] <= 720, f"{times['demo'] / 60:.1f}"),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from distrl.checkpoint import RunDir
@@ -45,7 +49,8 @@ def evaluate(config: Config) -> Comparison:
     rows = load_prompts(config.data, load_tokenizer(before), "test")[: config.evaluate.prompts]
     prompts = [_prompt(index, row) for index, row in enumerate(rows)]
     print(f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True)
-    comparison = asyncio.run(_compare(config, before, after, prompts))
+    with output_to(directory.logs / "evaluator.log"):
+        comparison = asyncio.run(_compare(config, before, after, prompts))
     print_report(comparison, config.evaluate.samples_shown)
     write_json(comparison, directory.path / "evaluation.json")
     plot_reward_vs_kl(directory.metrics, directory.path / "reward_vs_kl.png", comparison)
@@ -89,6 +94,26 @@ async def _compare(config: Config, before: Path, after: Path, prompts: list[Prom
         await scorer.close()
         publisher.close()
     return compare(*evaluations, resamples=config.evaluate.bootstrap, seed=config.run.seed)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Within it, what this process and its children print goes to `path` (appended): the
+    engine's log is for a file, the table for the screen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    streams = (sys.stdout, sys.stderr)
+    kept = [os.dup(stream.fileno()) for stream in streams]
+    try:
+        with path.open("ab") as log:
+            for stream in streams:
+                stream.flush()
+                os.dup2(log.fileno(), stream.fileno())
+        yield
+    finally:
+        for stream, old in zip(streams, kept, strict=True):
+            stream.flush()
+            os.dup2(old, stream.fileno())
+            os.close(old)
 
 
 def _spec(config: Config, policy: Path) -> EngineSpec:

@@ -151,7 +151,6 @@ async def test_closing_does_not_wait_for_one_that_hangs(
     await worker.start()
     actor = worker.running()
     pid = await actor.pid.remote()
-    monkeypatch.setattr(type(worker), "alive", ActorHandle.alive)
     actor.close = actor.hang
     await asyncio.wait_for(worker.close(), 10)
     await gone(pid)
