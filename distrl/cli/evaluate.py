@@ -14,6 +14,7 @@ from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import policy_folder, reward_model_folder
 from distrl.config import Config, ConfigError
+from distrl.data.order import permutation
 from distrl.data.sources import PromptRow, load_prompts
 from distrl.data.tokenizer import load_tokenizer
 from distrl.evaluate import Comparison, compare, evaluate_policy, resolve_judge
@@ -46,8 +47,7 @@ def evaluate(config: Config) -> Comparison:
     after = directory.policy
     if not after.exists():
         raise ConfigError(f"{after} is not there yet; 'distrl train' ends with it")
-    rows = load_prompts(config.data, load_tokenizer(before), "test")[: config.evaluate.prompts]
-    prompts = [_prompt(index, row) for index, row in enumerate(rows)]
+    prompts = held_out_prompts(config, before)
     print(f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True)
     with output_to(directory.logs / "evaluator.log"):
         comparison = asyncio.run(_compare(config, before, after, prompts))
@@ -55,6 +55,14 @@ def evaluate(config: Config) -> Comparison:
     write_json(comparison, directory.path / "evaluation.json")
     plot_reward_vs_kl(directory.metrics, directory.path / "reward_vs_kl.png", comparison)
     return comparison
+
+
+def held_out_prompts(config: Config, policy: Path) -> list[Prompt]:
+    """`evaluate.prompts` of the test split, drawn by the run's seed: files are often sorted
+    (the reviews are, by how good they are), so the first rows would not stand for all."""
+    rows = load_prompts(config.data, load_tokenizer(policy), "test")
+    drawn = permutation(len(rows), config.run.seed)[: config.evaluate.prompts]
+    return [_prompt(index, rows[place]) for index, place in enumerate(drawn)]
 
 
 async def _compare(config: Config, before: Path, after: Path, prompts: list[Prompt]) -> Comparison:
