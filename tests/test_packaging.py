@@ -70,6 +70,11 @@ def test_installed_version_is_within_bounds(line: str) -> None:
             "distrl",
             PROJECT["entry-points"]["vllm.general_plugins"]["distrl"],
         ),
+        (
+            "vllm.platform_plugins",
+            "distrl",
+            PROJECT["entry-points"]["vllm.platform_plugins"]["distrl"],
+        ),
     ],
 )
 def test_entry_point_is_installed_and_resolves(group: str, name: str, value: str) -> None:

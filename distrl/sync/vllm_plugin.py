@@ -1,8 +1,10 @@
-"""Entry point `vllm.general_plugins`: what distrl adds to each of vLLM's processes.
+"""What distrl adds to each of vLLM's processes, by vLLM's own entry points.
 
-vLLM calls `register` in every process that it starts: the worker that loads the
-weights learns the `shm` transport, and the engine's processes learn to end with the
-process that started them (a killed actor would leave them holding memory).
+`register` (group `vllm.general_plugins`): the worker that loads the weights learns the `shm`
+transport. `end_with_starter` (group `vllm.platform_plugins`, called as soon as vLLM is imported):
+an engine's process ends with the process that started it, however that ends. A killed actor
+would leave it holding memory, and one that is killed while its engine starts would leave it
+waiting for five minutes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 BACKEND = "distrl_shm"
 DIE_WITH_PARENT = "DISTRL_ENGINE_DIES_WITH_PARENT"
@@ -24,9 +27,13 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "distrl.sync.vllm_transfer", "SharedMemoryTransfer"
         )
-    if os.environ.get(DIE_WITH_PARENT) == str(os.getppid()):
-        _die_with_parent()
+    end_with_starter()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_starter() -> None:
+    """Tie this process to the one that DIE_WITH_PARENT names; a platform we do not offer."""
+    starter = int(os.environ.get(DIE_WITH_PARENT, os.getpid()))
+    if starter == os.getppid():
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not Path("/proc", str(starter)).exists():  # gone before this process could be tied to it
+        os._exit(1)

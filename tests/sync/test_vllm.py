@@ -89,6 +89,19 @@ time.sleep(60)
 """
 
 
+def test_a_child_whose_starter_is_gone_already_ends_at_once():
+    """It was killed while the child was importing; vLLM itself would wait for five minutes."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    code = "from distrl.sync.vllm_plugin import end_with_starter; end_with_starter(); print('on')"
+    for mark, output in [(str(gone.pid), ""), (str(os.getpid()), "on\n")]:
+        env = os.environ | {vllm_plugin.DIE_WITH_PARENT: mark}
+        child = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        )
+        assert (child.stdout, child.returncode == 0) == (output, bool(output))
+
+
 def child_ends_with_parent(mark: str) -> bool:
     import psutil
 
