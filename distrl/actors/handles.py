@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from distrl.actors.process import tail
+from distrl.actors.process import node_id, tail
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 from distrl.roles import LearnerFailed, WorkerDied
 
@@ -92,6 +92,20 @@ class GeneratorHandle(ActorHandle):
     """The `Generator` role over an actor."""
 
     learner: LearnerHandle
+    _shared_memory: Sequence[Path] = ()
+
+    async def start(self) -> None:
+        await super().start()
+        self._shared_memory = await self.alive(self.running().shared_memory.remote())
+
+    async def close(self) -> None:
+        """An engine that was killed cannot free its shared memory: what is left of it on this
+        machine is removed here."""
+        await super().close()
+        files, self._shared_memory = self._shared_memory, ()
+        if files and self.node == node_id():
+            for path in files:
+                path.unlink(missing_ok=True)
 
     async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
         info, payload = self.running().generate.remote(prompt)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
+import psutil
 import ray
 
 
@@ -24,6 +27,16 @@ def tail(path: Path, lines: int = 12) -> str:
         return f"(no log at {path})"
     text = path.read_text(errors="replace").splitlines()
     return "\n".join([f"last lines of {path}:", *text[-lines:]])
+
+
+def shared_memory() -> list[Path]:
+    """Files in shared memory that processes below this one map: an engine's message queues."""
+    found: set[str] = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            found |= set(re.findall(r"(/dev/shm/psm_\w+)$", maps, re.MULTILINE))
+    return [Path(path) for path in sorted(found)]
 
 
 def node_id() -> str:

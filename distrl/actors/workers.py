@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from distrl.actors.process import log_to, node_id
+from distrl.actors.process import log_to, node_id, shared_memory
 from distrl.config import ScoreConfig, SyncConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.generate.engine import EngineSpec
@@ -61,6 +61,9 @@ class GeneratorActor:
     async def start(self) -> str:
         await self.generator.start()
         return node_id()
+
+    def shared_memory(self) -> list[Path]:
+        return shared_memory()
 
     @ray.method(num_returns=2)
     async def generate(self, prompt: Prompt) -> tuple[GroupInfo, Rollout]:

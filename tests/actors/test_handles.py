@@ -28,6 +28,7 @@ class Worker:
 
     def __init__(self, log: Path, started: float = 0, refuse: bool = False) -> None:
         log_to(log)
+        self.queue = log.with_suffix(".queue")
         self.started = started
         if refuse:
             raise ValueError("cannot be made")
@@ -36,6 +37,10 @@ class Worker:
         await asyncio.sleep(self.started)
         print("served", flush=True)
         return node_id()
+
+    async def shared_memory(self) -> list[Path]:
+        self.queue.touch()
+        return [self.queue]
 
     async def pid(self) -> int:
         return os.getpid()
@@ -204,6 +209,18 @@ async def test_tokens_stay_behind_a_reference(tmp_path: Path) -> None:
     assert isinstance(parcel.payload, ray.ObjectRef)
     assert (await parcel.payload).samples[0].token_ids.tolist() == [5]
     await generator.close()
+
+
+async def test_a_killed_engines_shared_memory_is_removed_on_this_machine(tmp_path: Path) -> None:
+    near, far = (handle(tmp_path / name, GeneratorHandle) for name in ("near", "far"))
+    for worker in (near, far):
+        await worker.start()
+        ray.kill(worker.running())
+    far.node = "elsewhere"
+    for worker in (near, far):
+        await worker.close()
+    assert not (tmp_path / "near.queue").exists()
+    assert (tmp_path / "far.queue").exists()
 
 
 async def test_a_learner_that_dies_ends_the_run(tmp_path: Path) -> None:
