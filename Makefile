@@ -1,4 +1,4 @@
-# make demo    install, then watch a small language model get better by RLHF (12 minutes, 2 cores)
+# make demo    install, then watch a small language model get better by RLHF (2 cores, no GPU)
 # make test    install, lint, type-check, run all tests
 # make setup   install only; EXTRA=cuda for NVIDIA GPUs (EXTRA=cpu is the default)
 # make lint    ruff and pyright
