@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -39,6 +41,9 @@ SESSION: dict[str, Any] = {
 }
 """Actors write logs of their own; Ray's would only be in the way of the progress."""
 
+
+SCRATCH = "distrl-ray-"
+"""A local cluster's folder among temporary files: this, the driver's pid, something random."""
 
 KNOCK_TIMEOUT_S = 10
 """A head node that is there answers within this time."""
@@ -81,8 +86,10 @@ def connected(config: Config) -> Iterator[None]:
     share the real cores. It ends with the block, and with this process; so do its files.
     """
     os.environ |= QUIET_RAY | {k: v for k, v in os.environ.items() if k in QUIET_RAY}
+    _sweep()
+    prefix = f"{SCRATCH}{os.getpid()}-"
     # Ray may still write its last log lines while its folder is removed.
-    with tempfile.TemporaryDirectory(prefix="distrl-ray-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as scratch:
         if config.cluster.address is None:
             _start_here(config, scratch)
         else:
@@ -91,6 +98,14 @@ def connected(config: Config) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _sweep() -> None:
+    """Remove the Ray folders of runs that were killed before they could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*-*"):
+        pid = folder.name.removeprefix(SCRATCH).split("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_here(config: Config, scratch: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +90,21 @@ def test_a_cluster_that_is_not_there() -> None:
             connected(config(cluster={"address": address})),
         ):
             pytest.fail("joined nothing")
+
+
+def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead, alive, other = (
+        tmp_path / name
+        for name in (f"distrl-ray-{gone.pid}-x", f"distrl-ray-{os.getpid()}-x", "distrl-ray-y")
+    )
+    for folder in (dead, alive, other):
+        (folder / "session").mkdir(parents=True)
+    with pytest.raises(PlacementError), connected(config(cluster={"address": "127.0.0.1:1"})):
+        pass
+    assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]
 
 
 @pytest.mark.slow
