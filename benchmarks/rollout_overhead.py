@@ -47,6 +47,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+ALIKE: dict[str, Any] = {
+    "learn": {"value_from": "policy"},
+    "score": {"parts": [{"name": "nothing", "function": "rollout_overhead:nothing"}]},
+}
+
+
+def nothing(*, prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    """The reward of a scorer that has to be there and is never asked."""
+    return 0.0
+
+
 class InstantScorer:
     """Answers 0 for every sample, at once."""
 
@@ -67,7 +78,7 @@ class InstantLearner:
     def __init__(self, learner: Any) -> None:
         self._learner, self._steps = learner, 0
 
-    async def learn(self, payloads: Sequence[Any]) -> StepReport:
+    async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
         self._steps += 1
         return StepReport(step=self._steps, version=0, skipped=True, metrics={})
 
@@ -141,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
         folder = Path(scratch)
-        config = Config.model_validate({"learn": {"value_from": "policy"}} | SHAPES[options.shape])
+        config = Config.model_validate(ALIKE | SHAPES[options.shape])
         policy = _policy(config, folder / "policy")
         rows = _prompts(config, policy)
         with connected(config):
@@ -230,6 +241,7 @@ def _bare(pipe: Connection, policy: Path, config: Config, rows: list[list[int]])
         outputs = engine.generate(prompts, params, use_tqdm=False)
         seconds = time.monotonic() - began
         pipe.send(sum(len(c.token_ids) for out in outputs for c in out.outputs) / seconds)
+    engine.llm_engine.engine_core.shutdown()  # else this process waits for its engine for ever
 
 
 def _policy(config: Config, folder: Path) -> Path:
