@@ -164,7 +164,8 @@ def _kill_service() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             service.kill()
     if services:
-        with contextlib.suppress(OSError):  # it cannot say goodbye to a dead process
+        # It cannot say goodbye to a dead process, and would end this one with its exit status.
+        with contextlib.suppress(OSError, SystemExit):
             sys.modules["wandb"].teardown()
 
 
