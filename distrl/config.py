@@ -299,6 +299,12 @@ class LearnConfig(Section):
     max_skips: int = Field(
         default=3, ge=1, description="non-finite steps in a row before the run stops"
     )
+    record: bool | None = Field(
+        default=None,
+        description="keep every batch for 'distrl replay'; empty: where the policy has at most "
+        "20 M parameters",
+    )
+    record_mib: float = Field(default=256, gt=0, description="a recording ends at this size, MiB")
     kl: KLConfig = KLConfig()
 
 
@@ -326,6 +332,23 @@ class DriverConfig(Section):
     max_staleness: int = Field(
         default=1, ge=0, description="hard bound on a token's age, in versions"
     )
+    lead: int | None = Field(
+        default=None,
+        ge=0,
+        description="learner steps that generation may run ahead; empty: max_staleness, so that "
+        "no token can become too old",
+    )
+    on_stale: Literal["drop", "mask"] = Field(
+        default="drop",
+        description="with a lead beyond max_staleness, what becomes of a group with too old a "
+        "token: dropped and another generated, or its old tokens left out of the gradient",
+    )
+    window: int = Field(
+        default=0,
+        ge=0,
+        description="groups that may be trained on before an earlier one that is still under way; "
+        "0: strict order of issue",
+    )
     attempts: int = Field(default=3, ge=1, description="tries of a group before it is dropped")
     max_restarts: int = Field(
         default=3, ge=0, description="restarts of each worker before the run stops"
@@ -342,6 +365,39 @@ class DriverConfig(Section):
     stall_timeout_s: float = Field(
         default=900, gt=0, description="no progress for this long stops the run"
     )
+    ledger: bool = Field(
+        default=True, description="keep ledger.sqlite: what became of every prompt (distrl audit)"
+    )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Learner steps that generation may run ahead."""
+        return self.max_staleness if self.lead is None else self.lead
+
+    @property
+    def slots(self) -> int:
+        """Groups that may be under way at once (`driver/admission.py` says why)."""
+        return (self.steps_ahead + 1) * self.prompts_per_step - self.window
+
+    @property
+    def lockstep(self) -> bool:
+        """Generate a batch, learn from it, and only then the next."""
+        return self.steps_ahead == 0
+
+    @model_validator(mode="after")
+    def _check(self) -> DriverConfig:
+        if self.steps_ahead < self.max_staleness:
+            raise ConfigError(
+                f"driver.lead={self.lead} is less than driver.max_staleness={self.max_staleness}, "
+                "which would never be reached; leave driver.lead empty, or raise it"
+            )
+        if self.window > self.steps_ahead * self.prompts_per_step:
+            raise ConfigError(
+                f"driver.window={self.window} leaves fewer slots than a batch of "
+                f"{self.prompts_per_step}; it may be at most driver.lead (or max_staleness) x "
+                f"driver.prompts_per_step = {self.steps_ahead * self.prompts_per_step}"
+            )
+        return self
 
 
 class EvaluateConfig(Section):
@@ -365,6 +421,47 @@ class MetricsConfig(Section):
     )
     table_every: int = Field(default=10, ge=1, description="steps between tables of rollouts")
     table_rows: int = Field(default=8, ge=0, description="rollouts in a table")
+
+
+class SimulateConfig(Section):
+    """How long things take in a simulation (`distrl simulate`); `--from RUN` measures them."""
+
+    seed: int = Field(default=0, description="the same seed gives the same trace")
+    length_median: float = Field(default=24, gt=0, description="response tokens: log-normal median")
+    length_sigma: float = Field(
+        default=0.5, ge=0, description="response tokens: deviation of the logarithm"
+    )
+    lengths: tuple[int, ...] = Field(
+        default=(), description="response tokens to draw from instead (as --from found them)"
+    )
+    iteration_s: float = Field(
+        default=0.01, gt=0, description="engine: seconds of an iteration with one sequence, about"
+    )
+    sequence_s: float = Field(
+        default=0.0003, ge=0, description="engine: seconds that each running sequence adds to it"
+    )
+    score_s: float = Field(default=0.02, ge=0, description="scorer: seconds of a forward pass")
+    score_token_s: float = Field(default=1e-5, ge=0, description="scorer: seconds a token")
+    learn_s: float = Field(default=0.1, ge=0, description="learner: seconds of a step")
+    learn_token_s: float = Field(default=5e-4, ge=0, description="learner: seconds a token")
+    publish_s: float = Field(default=0.05, ge=0, description="learner: seconds to publish weights")
+    load_s: float = Field(
+        default=0.05, ge=0, description="engine: seconds that it stands still to take weights on"
+    )
+    other_s: float = Field(
+        default=0.0, ge=0, description="between steps: metrics, tables, checkpoints"
+    )
+    jitter: float = Field(
+        default=0.1, ge=0, description="learner and scorer: deviation of the logarithm of seconds"
+    )
+    death_rate: float = Field(default=0, ge=0, le=1, description="of a group killing its worker")
+    fail_rate: float = Field(default=0, ge=0, le=1, description="of a group coming to nothing")
+    hang_rate: float = Field(
+        default=0, ge=0, le=1, description="of a group hanging until generate.request_timeout_s"
+    )
+    slow_rate: float = Field(default=0, ge=0, le=1, description="share of slow generators")
+    slow_factor: float = Field(default=4, ge=1, description="how many times slower those are")
+    restart_s: float = Field(default=30, ge=0, description="seconds to replace a worker")
 
 
 class ClusterConfig(Section):
@@ -395,6 +492,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
+    simulate: SimulateConfig = SimulateConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -468,8 +566,8 @@ class Config(Section):
 
     @property
     def slots(self) -> int:
-        """Groups that may be under way at once: (max_staleness + 1) x prompts_per_step."""
-        return (self.driver.max_staleness + 1) * self.driver.prompts_per_step
+        """Groups that may be under way at once."""
+        return self.driver.slots
 
 
 def _divisors(n: int) -> list[int]:

@@ -134,42 +134,59 @@ class ScoredRollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupInfo:
-    """What the driver knows of a generated group: no tokens, no text."""
+    """What the driver knows of a generated group: no tokens, no text.
+
+    Attributes:
+        spans: of each sample, which version sampled which tokens.
+        seed: of the sampler that the group came from.
+        seconds: how long generation took.
+    """
 
     index: int
     prompt_id: str
     generator: str
     lengths: tuple[int, ...]
-    oldest_version: int
-    newest_version: int
+    spans: tuple[tuple[VersionSpan, ...], ...]
     finish_reasons: tuple[FinishReason, ...]
     nbytes: int
     seconds: float
+    seed: int = 0
 
     @classmethod
-    def of(cls, rollout: Rollout, seconds: float) -> GroupInfo:
-        """The metadata of `rollout`; `seconds` is how long generation took."""
-        versions = [span.version for s in rollout.samples for span in s.spans]
+    def of(cls, rollout: Rollout, seconds: float, seed: int = 0) -> GroupInfo:
+        """The metadata of `rollout`."""
         return cls(
             index=rollout.prompt.index,
             prompt_id=rollout.prompt.prompt_id,
             generator=rollout.generator,
             lengths=tuple(len(s.token_ids) for s in rollout.samples),
-            oldest_version=min(versions),
-            newest_version=max(versions),
+            spans=tuple(s.spans for s in rollout.samples),
             finish_reasons=tuple(s.finish_reason for s in rollout.samples),
             nbytes=rollout.nbytes(),
             seconds=seconds,
+            seed=seed,
         )
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest token."""
+        return min(span.version for spans in self.spans for span in spans)
+
+    @property
+    def newest_version(self) -> int:
+        """Version of the newest token."""
+        return max(span.version for spans in self.spans for span in spans)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredInfo:
-    """What the driver knows of a scored group."""
+    """What the driver knows of a scored group: `rewards` are sums, `parts` what they are of."""
 
     group: GroupInfo
     rewards: tuple[float, ...]
     seconds: float
+    scorer: str = ""
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 Info = TypeVar("Info", bound=GroupInfo | ScoredInfo)

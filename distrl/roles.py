@@ -88,8 +88,9 @@ class Scorer(Protocol):
 class Learner(Protocol):
     """Batches in, better weights out."""
 
-    async def learn(self, payloads: Sequence[Any]) -> StepReport:
-        """One learner step on the groups behind `payloads`. Raises LearnerFailed."""
+    async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
+        """One learner step on the groups behind `payloads`; tokens of versions before `oldest`
+        are left out of the gradient. Raises LearnerFailed."""
         ...
 
     async def publish(self) -> Weights:

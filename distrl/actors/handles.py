@@ -109,7 +109,11 @@ class GeneratorHandle(ActorHandle):
 
     async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
         info, payload = self.running().generate.remote(prompt)
-        return Parcel(info=await self.alive(info), payload=payload)
+        try:
+            return Parcel(info=await self.alive(info), payload=payload)
+        except asyncio.CancelledError:
+            ray.cancel(info)  # nobody waits any more: the engine need not go on
+            raise
 
     async def hold(self, groups: int) -> None:
         await self.alive(self.running().hold.remote(groups))
@@ -141,8 +145,8 @@ class LearnerHandle(ActorHandle):
         super().__init__(name, make, log, start_timeout_s)
         self._image: tuple[int, Any] | None = None
 
-    async def learn(self, payloads: Sequence[Any]) -> StepReport:
-        return await self._call(self.running().learn.remote(*payloads))
+    async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
+        return await self._call(self.running().learn.remote(*payloads, oldest=oldest))
 
     async def publish(self) -> Weights:
         return await self._call(self.running().publish.remote())

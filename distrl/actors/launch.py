@@ -35,18 +35,24 @@ class Cast:
 
 @asynccontextmanager
 async def launched(
-    config: Config, *, policy: Path, reward_model: Path | None, logs: Path
+    config: Config,
+    *,
+    policy: Path,
+    reward_model: Path | None,
+    logs: Path,
+    recording: Path | None = None,
 ) -> AsyncIterator[Cast]:
     """Place and start every actor; all of them are ended when the block is left.
 
     policy: Hugging Face folder the policy starts from; reward_model: the critic's start,
-    which may be None only where learn.value_from is "policy".
+    which may be None only where learn.value_from is "policy"; recording: where the learner
+    records its steps, if at all.
     Raises PlacementError before any actor starts, WorkerDied where one does not come up.
     """
     wanted = demands(config)
     groups = place(wanted, config.cluster.placement_timeout_s)
     by_role = {demand.role: demand for demand in wanted}
-    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve())
+    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve(), recording)
     learner = make.learner(reward_model)
     cast = Cast(
         generators=[make.generator(i, learner) for i in range(config.generate.workers)],
@@ -76,9 +82,11 @@ class _Maker:
         config: Config,
         policy: Path,
         logs: Path,
+        recording: Path | None,
     ) -> None:
         self.wanted, self.groups, self.config = wanted, groups, config
         self.policy, self.logs = policy, logs
+        self.recording = recording.resolve() if recording else None
 
     def generator(self, place: int, learner: LearnerHandle) -> GeneratorHandle:
         config = self.config
@@ -114,18 +122,7 @@ class _Maker:
 
     def learner(self, reward_model: Path | None) -> LearnerHandle:
         config = self.config
-        from_rewards = config.learn.value_from == "reward_model"
-        spec = LearnerSpec(
-            policy=self.policy,
-            reward_model=reward_model.resolve() if reward_model and from_rewards else None,
-            config=config.learn,
-            total_steps=config.driver.steps,
-            temperature=config.generate.temperature,
-            seed=config.run.seed,
-            canary_tokens=config.sync.canary_tokens,
-            scratch=self.logs,
-            threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
-        )
+        spec = learner_spec(config, self.policy, reward_model, self.logs, self.recording)
         actor = self._actor("learner", 0, LearnerActor)
         return LearnerHandle(
             "learner",
@@ -147,6 +144,29 @@ class _Maker:
 
     def _log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
+
+
+def learner_spec(
+    config: Config,
+    policy: Path,
+    reward_model: Path | None,
+    scratch: Path,
+    recording: Path | None = None,
+) -> LearnerSpec:
+    """What the learner of a run needs to know."""
+    from_rewards = config.learn.value_from == "reward_model"
+    return LearnerSpec(
+        policy=policy,
+        reward_model=reward_model.resolve() if reward_model and from_rewards else None,
+        config=config.learn,
+        total_steps=config.driver.steps,
+        temperature=config.generate.temperature,
+        seed=config.run.seed,
+        canary_tokens=config.sync.canary_tokens,
+        scratch=scratch,
+        recording=recording,
+        threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
+    )
 
 
 def generator_cores(config: Config, place: int) -> str | None:

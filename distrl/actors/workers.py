@@ -136,8 +136,8 @@ class LearnerActor:
     def start(self) -> str:
         return node_id()
 
-    def learn(self, *groups: ScoredRollout) -> StepReport:
-        return self.learner.learn(groups)
+    def learn(self, *groups: ScoredRollout, oldest: int = 0) -> StepReport:
+        return self.learner.learn(groups, oldest=oldest)
 
     def publish(self) -> Weights:
         return self.learner.publish()

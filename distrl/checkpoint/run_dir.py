@@ -1,7 +1,7 @@
 """A run directory: what lies where, who may write to it, and with which configuration.
 
     config.yaml   metrics.jsonl   tables/   ledger.sqlite   checkpoints/step_000050/
-    policy/       logs/           wandb/
+    policy/       logs/           wandb/   recording/step_000001.safetensors
 
 One driver at a time: a lock that the kernel frees when its holder dies.
 """
@@ -28,11 +28,13 @@ RESUMABLE = (
     "driver.keep_checkpoints",
     "driver.max_restarts",
     "driver.stall_timeout_s",
+    "driver.ledger",
     "generate.workers",
     "score.workers",
     "metrics.*",
     "cluster.*",
     "evaluate.*",
+    "simulate.*",
 )
 
 
@@ -78,6 +80,11 @@ class RunDir:
         return self.path / "policy"
 
     @property
+    def recording(self) -> Path:
+        """The learner's batches, a file a step, where they are kept for a replay."""
+        return self.path / "recording"
+
+    @property
     def logs(self) -> Path:
         """Logs of the run's processes."""
         return self.path / "logs"
@@ -91,7 +98,7 @@ class RunDir:
         """Take the directory for this process and write `config.yaml` into it.
 
         `resume` goes on with a run that is there; `fresh` deletes its progress first
-        (metrics, tables, ledger, checkpoints, exported policy). The lock is held until
+        (metrics, tables, ledger, checkpoints, recording, exported policy). The lock is held until
         `close` or the end of the process.
 
         Raises RunDirError: another process has it; it has progress and neither flag was
@@ -164,7 +171,7 @@ class RunDir:
             )
 
     def _delete_progress(self) -> None:
-        for folder in (self.checkpoints, self.policy, self.tables):
+        for folder in (self.checkpoints, self.policy, self.tables, self.recording):
             shutil.rmtree(folder, ignore_errors=True)
         for suffix in ("", "-wal", "-shm"):
             self.ledger.with_name(self.ledger.name + suffix).unlink(missing_ok=True)

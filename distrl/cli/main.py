@@ -15,6 +15,9 @@ COMMANDS = {
     "reward-model": "a reward model from human comparisons",
     "train": "PPO against the reward model; makes what is missing before it",
     "evaluate": "a trained policy against the one it started from, on held-out prompts",
+    "replay": "a run's recorded batches again, to the same weights",
+    "simulate": "the driver on a virtual clock: throughput, idle shares and ages at any size",
+    "audit": "proves or refutes from a run's ledger what the driver promises",
 }
 
 USAGE = (
@@ -56,6 +59,7 @@ def known_errors() -> tuple[type[Exception], ...]:
     from distrl.data.errors import DataError
     from distrl.driver.errors import DriverError
     from distrl.learn.loop import TrainingFailed
+    from distrl.learn.record import BadRecording
     from distrl.models.load import ModelError
     from distrl.roles import LearnerFailed, RoleError
 
@@ -64,6 +68,7 @@ def known_errors() -> tuple[type[Exception], ...]:
         DataError,
         ModelError,
         TrainingFailed,
+        BadRecording,
         PlacementError,
         RunDirError,
         CheckpointError,

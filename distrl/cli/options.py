@@ -51,20 +51,27 @@ class Options:
     fresh: bool
 
 
-def parse(command: str, about: str, argv: list[str], default_preset: str | None = None) -> Options:
+def parse(
+    command: str,
+    about: str,
+    argv: list[str],
+    default_preset: str | None = None,
+    beneath: dict[str, Any] | None = None,
+) -> Options:
     """Read `argv` for `distrl <command>`. `--help` prints every setting and exits.
 
-    Raises ConfigError with a line for each wrong field.
+    `beneath` are values that preset, file and words are laid over. Raises ConfigError with a
+    line for each wrong field.
     """
     if {"-h", "--help"} & set(argv):
         print_help(command, about)
         raise SystemExit(0)
     given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(beneath or {})
     preset = flags["preset"] or (default_preset if flags["config"] is None else None)
     if preset:
-        values = read_yaml(preset_path(preset))
+        values = merged(values, read_yaml(preset_path(preset)))
     if flags["config"]:
         values = merged(values, read_yaml(Path(flags["config"])))
     return Options(

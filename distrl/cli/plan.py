@@ -37,8 +37,8 @@ def _limits(config: Config) -> Table:
             f"{config.samples_per_step * config.generate.max_new_tokens:,}"
         ),
         "slots (groups under way, at most)": (
-            f"{config.slots} = (max_staleness {driver.max_staleness} + 1) x "
-            f"{driver.prompts_per_step}"
+            f"{config.slots} = (lead {driver.steps_ahead} + 1) x {driver.prompts_per_step}"
+            + (f" - window {driver.window}" if driver.window else "")
         ),
         "longest sequence": f"{config.sequence_tokens} tokens",
         "weight transport": config.sync.transport,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from distrl.data.sources import load_prompts
 from distrl.data.stream import PromptStream
 from distrl.data.tokenizer import load_tokenizer
 from distrl.driver.driver import Driver
+from distrl.driver.ledger import FileLedger, Ledger
+from distrl.driver.ledger_file import LedgerFile
 from distrl.driver.state import Start, Summary
 from distrl.metrics import (
     ConsoleSink,
@@ -102,10 +106,23 @@ def train(options: Options, directory: RunDir) -> Summary:
     rewind_run(directory.path, newest.step if newest else 0)
     if newest is not None:
         print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
-    with connected(config):
+    with contextlib.closing(open_ledger(config, directory, newest)) as ledger, connected(config):
         return asyncio.run(
-            _train(config, directory, checkpoints, newest, source, policy, reward_model)
+            _train(config, directory, checkpoints, newest, source, policy, reward_model, ledger)
         )
+
+
+def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) -> Ledger:
+    """The run's ledger, with what was not committed rolled back. Raises LedgerError."""
+    if not config.driver.ledger:
+        return Ledger()
+    file = LedgerFile(
+        directory.ledger,
+        step=newest.step if newest else 0,
+        cursor=newest.state["cursor"] if newest else 0,
+        run_id=newest.state.get("ledger") if newest else None,
+    )
+    return FileLedger(file, time.monotonic, offset_s=time.time() - time.monotonic())
 
 
 def prompt_stream(config: Config, policy: Path) -> PromptStream:
@@ -125,6 +142,7 @@ async def _train(
     source: PromptStream,
     policy: Path,
     reward_model: Path | None,
+    ledger: Ledger,
 ) -> Summary:
     start = Start.from_state(newest.state, newest.path) if newest else Start()
     wandb_id = newest.state["wandb_id"] if newest else new_run_id()
@@ -134,7 +152,11 @@ async def _train(
         flush=True,
     )
     async with launched(
-        config, policy=policy, reward_model=reward_model, logs=directory.logs
+        config,
+        policy=policy,
+        reward_model=reward_model,
+        logs=directory.logs,
+        recording=directory.recording,
     ) as cast:
         sink = _sink(config, directory, start, wandb_id)
         driver = Driver(
@@ -149,6 +171,7 @@ async def _train(
             start=start,
             on_rollouts=_Tables(config, sink),
             extra_state={"wandb_id": wandb_id},
+            ledger=ledger,
         )
         try:
             summary = await _until_signal(driver)

@@ -1,14 +1,16 @@
-"""The buffer between scorers and learner: strict order of issue, each index exactly once.
+"""The buffer between scorers and learner: order of issue, each index exactly once.
 
 Groups land in any order and leave in the order in which their prompts were issued, so a short
 response never overtakes a long one and the lengths trained are the lengths issued. An index that
-was dropped is passed over.
+was dropped is passed over. With a look-ahead window of W, one that is still in flight may be
+overtaken by the W indices after it, and by no others.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from distrl.driver.errors import DriverError
@@ -38,17 +40,28 @@ class OrderedBuffer:
 
     Invariant: indices below `cursor` were taken or dropped; those from `cursor` to the frontier
     are ready or dropped; the frontier itself is still in flight, and what lies beyond it has
-    landed (`_beyond`, holding None for a drop), is in flight, or was not issued yet.
+    landed (`_beyond`, holding None for what was dropped or taken), is in flight, or was not
+    issued yet.
 
     Attributes:
         groups: groups held.
         nbytes: their bytes of payload.
-        drops: number of dropped indices below `cursor`, by reason.
+        drops: number of dropped indices below `cursor`, and of swept ones, by reason.
+        ahead: indices above `cursor` that were taken or swept: a resume must not issue them.
     """
 
-    def __init__(self, *, first: int, batch: int, capacity: int, max_bytes: int) -> None:
-        """Expect indices from `first` on; hold at most `capacity` groups, and `max_bytes` bytes
-        beyond the `batch` groups that the next take is for."""
+    def __init__(
+        self,
+        *,
+        first: int,
+        batch: int,
+        capacity: int,
+        max_bytes: int,
+        window: int = 0,
+        ahead: Collection[int] = (),
+    ) -> None:
+        """Expect indices from `first` on but for those in `ahead`; hold at most `capacity` groups,
+        and `max_bytes` bytes beyond the `batch` groups that the next take is for."""
         self.groups = 0
         self.nbytes = 0
         self.drops: Counter[str] = Counter()
@@ -58,7 +71,9 @@ class OrderedBuffer:
         self._largest = 0
         self._frontier = first
         self._ready: deque[Landed] = deque()
-        self._beyond: dict[int, Landed | None] = {}
+        self.ahead = set(ahead)
+        self._window = window
+        self._beyond: dict[int, Landed | None] = dict.fromkeys(ahead)
         self._passed: deque[tuple[int, str]] = deque()
         self._reasons: dict[int, str] = {}
         self._closed = False
@@ -99,17 +114,48 @@ class OrderedBuffer:
         self._settle(index, None)
 
     async def take(self, count: int) -> list[Landed]:
-        """Wait for the next `count` groups in order of issue. Raises BufferClosed."""
-        while len(self._ready) < count:
+        """Wait for the next `count` groups that may leave, and take them in order of issue.
+        Raises BufferClosed."""
+        while len(self._ready) + len(overtaking := self._overtaking()) < count:
             if self._closed:
                 raise BufferClosed
             self._changed.clear()
             await self._changed.wait()
-        taken = [self._ready.popleft() for _ in range(count)]
-        self.groups -= count
-        self.nbytes -= sum(landed.parcel.info.group.nbytes for landed in taken)
-        self._tally()
+        taken = [self._ready.popleft() for _ in range(min(count, len(self._ready)))]
+        for index in overtaking[: count - len(taken)]:
+            landed = self._beyond[index]
+            assert landed is not None
+            taken.append(landed)
+            self._beyond[index] = None
+            self.ahead.add(index)
+        self._removed(taken)
         return taken
+
+    def sweep(self, doomed: Callable[[Landed], bool], reason: str) -> list[Landed]:
+        """Drop for good the groups here that are `doomed`, and return them."""
+        swept = [landed for landed in self._ready if doomed(landed)]
+        if swept:
+            self._ready = deque(landed for landed in self._ready if not doomed(landed))
+        beyond = [landed for landed in self._beyond.values() if landed and doomed(landed)]
+        for landed in beyond:
+            self._beyond[landed.index] = None
+        swept += beyond
+        self.drops[reason] += len(swept)
+        self.ahead.update(landed.index for landed in swept)
+        self._removed(swept)
+        return swept
+
+    def _overtaking(self) -> list[int]:
+        """Indices beyond the frontier that may be taken, in order."""
+        if not self._window:
+            return []
+        last = self._frontier + self._window
+        return sorted(i for i, landed in self._beyond.items() if landed is not None and i <= last)
+
+    def _removed(self, gone: list[Landed]) -> None:
+        self.groups -= len(gone)
+        self.nbytes -= sum(landed.parcel.info.group.nbytes for landed in gone)
+        self._tally()
 
     def close(self) -> None:
         """Let whoever waits in `take` go."""
@@ -121,15 +167,19 @@ class OrderedBuffer:
             raise DriverError(f"group {index} landed or was dropped twice")
         self._beyond[index] = landed
         while self._frontier in self._beyond:
-            entry = self._beyond.pop(self._frontier)
-            if entry is None:
-                self._passed.append((self._frontier, self._reasons.pop(self._frontier)))
-            else:
-                self._ready.append(entry)
-            self._frontier += 1
+            self._advance(self._beyond.pop(self._frontier))
         self._tally()
         self._changed.set()
 
+    def _advance(self, entry: Landed | None) -> None:
+        if entry is not None:
+            self._ready.append(entry)
+        elif (reason := self._reasons.pop(self._frontier, None)) is not None:
+            self._passed.append((self._frontier, reason))
+        self._frontier += 1
+
     def _tally(self) -> None:
+        if self.ahead:
+            self.ahead = {index for index in self.ahead if index > self.cursor}
         while self._passed and self._passed[0][0] < self.cursor:
             self.drops[self._passed.popleft()[1]] += 1

@@ -32,6 +32,8 @@ A step that the learner skipped (non-finite) leaves out 4 and 5: no new weights 
 
 FEED and ROLL are in `roll.py`, LEARN is in `learn.py`; this file wires them and ends them.
 
+Beside them the LEDGER is written once a second, and always before a checkpoint is committed.
+
 Any exception in any task cancels all others and leaves `run` as it is; nothing is left running.
 What is in flight or in the buffer when a run ends is not part of the checkpoint: it is issued
 again after a resume, from the cursor on.
@@ -51,8 +53,10 @@ from distrl.driver.errors import Stalled
 from distrl.driver.fleet import Fleet
 from distrl.driver.generators import Generators
 from distrl.driver.learn import LearnLoop
+from distrl.driver.ledger import Ledger
 from distrl.driver.ports import CheckpointStore, PromptSource, RolloutsHook
 from distrl.driver.roll import Roller
+from distrl.driver.staleness import StalenessRule
 from distrl.driver.state import Progress, Start, Summary
 from distrl.metrics.sinks import Sink
 from distrl.roles import Generator, Learner, Scorer
@@ -83,6 +87,7 @@ class Driver:
         clock: Callable[[], float] = time.monotonic,
         on_rollouts: RolloutsHook | None = None,
         extra_state: Mapping[str, Any] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """`clock` must run as the event loop's. `on_rollouts` is awaited after each metrics row.
         `extra_state` goes into the state of every checkpoint (a W&B run id, say)."""
@@ -96,16 +101,26 @@ class Driver:
         self._buffer = OrderedBuffer(
             first=start.cursor,
             batch=batch,
-            capacity=(config.max_staleness + 1) * batch,
+            capacity=config.slots,
             max_bytes=int(config.buffer_mib * 2**20),
+            window=config.window,
+            ahead=start.ahead,
         )
         self._admission = Admission(
-            prompts_per_step=batch,
-            max_staleness=config.max_staleness,
+            slots=config.slots,
             wanted=max(0, config.steps - start.step) * batch,
             room=self._buffer.room,
         )
-        limits = {"max_restarts": config.max_restarts, "tries": config.attempts}
+        self._ledger = ledger or Ledger()
+        rule = StalenessRule(
+            bound=config.max_staleness,
+            on_stale=config.on_stale if config.steps_ahead > config.max_staleness else None,
+        )
+        limits: dict[str, Any] = {
+            "max_restarts": config.max_restarts,
+            "tries": config.attempts,
+            "note": self._ledger.event,
+        }
         self._generators = Generators(generators, spawn=self._spawn, **limits)
         self._scorers: Fleet[Scorer] = Fleet("scorer", scorers, spawn=self._spawn, **limits)
         self._roller = Roller(
@@ -117,9 +132,12 @@ class Driver:
             progress=self._progress,
             spawn=self._spawn,
             clock=clock,
+            ledger=self._ledger,
+            rule=rule,
             samples_per_prompt=samples_per_prompt,
-            lockstep=config.max_staleness == 0,
+            lockstep=config.lockstep,
             issued=start.cursor,
+            settled=frozenset(start.ahead),
         )
         self._learn = LearnLoop(
             config=config,
@@ -130,6 +148,8 @@ class Driver:
             progress=self._progress,
             sink=sink,
             checkpoints=checkpoints,
+            ledger=self._ledger,
+            rule=rule,
             start=start,
             clock=clock,
             on_rollouts=on_rollouts,
@@ -147,6 +167,7 @@ class Driver:
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._spawn(self._watch())
+                    self._spawn(self._ledger.keep())
                     await self._learn.open()
                     self._spawn(self._roller.feed())
                     await self._learn.run()
@@ -155,6 +176,7 @@ class Driver:
                 if (error := _first_error(group)) is not None:
                     raise error from error.__cause__
         await self._learn.save()
+        await self._ledger.flush()
         return self._summary(self._clock() - began_s)
 
     def stop(self) -> None:
@@ -182,9 +204,9 @@ class Driver:
             f"Drops: {dict(self._learn.drops())}"
         )
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._tasks is not None
-        self._tasks.create_task(work)
+        return self._tasks.create_task(work)
 
     def _summary(self, seconds: float) -> Summary:
         progress = self._progress

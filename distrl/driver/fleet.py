@@ -1,5 +1,7 @@
 """A fleet: interchangeable workers of one role, least-loaded dispatch, restarts, retirement.
 
+Load is counted in tokens: what a worker has in flight, as far as its callers can tell.
+
 Invariant: a call that `do` was given ends exactly once, with a result or with GroupLost. A worker
 that was condemned (its process died, or it would not take on the weights) has every call in flight
 abandoned: whatever the old process might still deliver is never looked at.
@@ -11,6 +13,8 @@ A worker is *up*, *recovering* (one task restarts it, at most `max_restarts` tim
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -30,7 +34,9 @@ class Role(Protocol):
 
 R = TypeVar("R", bound=Role)
 T = TypeVar("T")
-Spawn = Callable[[Coroutine[Any, Any, None]], object]
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+Note = Callable[[str, str, str], None]
+"""Told of a worker's life: its name, what befell it, why."""
 
 
 class GroupLost(Exception):
@@ -43,20 +49,83 @@ class Abandoned(RoleError):
 
 @dataclass(eq=False, slots=True)
 class Worker(Generic[R]):
-    """One role, and what the fleet knows of it."""
+    """One role, and what the fleet knows of it; `load`: tokens that it has in flight."""
 
     role: R
     state: Literal["up", "recovering", "retired"] = "up"
     restarts: int = 0
     cause: RoleError | None = None
-    calls: set[asyncio.Task[Any]] = field(default_factory=set)
+    load: float = 0.0
+    # A mapping for its order: a set's would differ from run to run, and a simulation's with it.
+    calls: dict[asyncio.Task[Any], None] = field(default_factory=dict)
+
+
+class Witness(Protocol):
+    """Who wants to know how a piece of work goes."""
+
+    def held_by(self, name: str) -> None:
+        """`name` has it now."""
+        ...
+
+    def failed(self, name: str, error: RoleError) -> None:
+        """`name` failed at it; another try follows."""
+        ...
+
+
+class Shortlist(Generic[R]):
+    """The least loaded of many workers, in logarithmic time.
+
+    A heap of (load, tie-breaker, worker). An entry whose load is not its worker's any more is
+    stale, and is thrown away when it comes up.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Worker[R]]] = []
+        self._ties = itertools.count()
+        self._workers = 1
+
+    def renew(self, workers: Sequence[Worker[R]]) -> None:
+        """Start from these."""
+        self._workers = len(workers)
+        self._heap = [(worker.load, next(self._ties), worker) for worker in workers]
+        heapq.heapify(self._heap)
+
+    def push(self, worker: Worker[R]) -> None:
+        """The load of `worker` has changed, or it may be given work again."""
+        heapq.heappush(self._heap, (worker.load, next(self._ties), worker))
+        if len(self._heap) > 64 + 8 * self._workers:
+            self.renew(list({id(w): w for _, _, w in self._heap}.values()))
+
+    def least(
+        self, usable: Callable[[Worker[R]], bool], but: Worker[R] | None = None
+    ) -> Worker[R] | None:
+        """The least loaded usable worker; `but` only where there is no other."""
+        spared = None
+        while self._heap:
+            load, _, worker = self._heap[0]
+            if load == worker.load and usable(worker):
+                if worker is not but:
+                    break
+                spared = worker
+            heapq.heappop(self._heap)
+        best = self._heap[0][2] if self._heap else spared
+        if spared is not None:
+            self.push(spared)
+        return best
 
 
 class Fleet(Generic[R]):
     """Workers of one role."""
 
     def __init__(
-        self, kind: str, roles: Sequence[R], *, max_restarts: int, tries: int, spawn: Spawn
+        self,
+        kind: str,
+        roles: Sequence[R],
+        *,
+        max_restarts: int,
+        tries: int,
+        spawn: Spawn,
+        note: Note = lambda who, what, why: None,
     ) -> None:
         """`spawn` starts a background task whose exception ends the run."""
         if not roles:
@@ -67,8 +136,11 @@ class Fleet(Generic[R]):
         self._max_restarts = max_restarts
         self._tries = tries
         self._spawn = spawn
+        self._note = note
         self._closed = False
         self._changed = asyncio.Event()
+        self._shortlist: Shortlist[R] = Shortlist()
+        self._shortlist.renew(self.workers)
 
     @property
     def restarts(self) -> int:
@@ -86,33 +158,46 @@ class Fleet(Generic[R]):
         self,
         work: Callable[[R], Coroutine[Any, Any, T]],
         *,
-        holder: Callable[[str], None],
+        witness: Witness,
+        load: float = 1.0,
         first: Worker[R] | None = None,
     ) -> T:
         """Run `work` on the least loaded worker, then on others while RoleError is raised.
 
-        `first` is asked first where it is usable; `holder` is told who has the work. Raises
-        GroupLost after `tries` failures; other exceptions of `work` pass through.
+        `load` is what the work adds to a worker's; `first` is asked first where it is usable.
+        Raises GroupLost after `tries` failures; other exceptions of `work` pass through.
         """
-        errors: list[RoleError] = []
         worker = first
-        while len(errors) < self._tries:
-            if worker is None or errors or not self.is_usable(worker):
-                holder(f"nobody: no {self._kind} is ready")
+        for left in reversed(range(self._tries)):
+            if worker is None or worker is not first or not self.is_usable(worker):
+                witness.held_by(f"nobody: no {self._kind} is ready")
                 worker = await self._least_loaded(but=worker)
-            holder(worker.role.name)
-            self.retries += bool(errors)
+            first = None
+            witness.held_by(worker.role.name)
             try:
-                return await self.call(worker, work(worker.role))
+                return await self._loaded_with(load, worker, work(worker.role))
             except RoleError as error:
-                errors.append(error)
-        raise GroupLost(f"{self._kind}: {type(errors[-1]).__name__}: {errors[-1]}") from errors[-1]
+                if not left:
+                    reason = f"{self._kind}: {type(error).__name__}: {error}"
+                    raise GroupLost(reason) from error
+                self.retries += 1
+                witness.failed(worker.role.name, error)
+        raise AssertionError("tries is at least 1")
+
+    async def _loaded_with(self, load: float, worker: Worker[R], work: Coroutine[Any, Any, T]) -> T:
+        worker.load += load
+        self._shortlist.push(worker)
+        try:
+            return await self.call(worker, work)
+        finally:
+            worker.load -= load
+            self._shortlist.push(worker)
 
     async def call(self, worker: Worker[R], work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on `worker`. WorkerDied condemns it; Abandoned where another call did."""
         incarnation = worker.restarts
         task = asyncio.get_running_loop().create_task(work)
-        worker.calls.add(task)
+        worker.calls[task] = None
         try:
             return await task
         except asyncio.CancelledError:
@@ -124,13 +209,14 @@ class Fleet(Generic[R]):
                 self.condemn(worker, error)
             raise
         finally:
-            worker.calls.discard(task)
+            worker.calls.pop(task, None)
 
     def condemn(self, worker: Worker[R], cause: RoleError) -> None:
         """Take a worker out of service, abandon its calls, and start its recovery."""
         if worker.state != "up":
             return
         worker.state = "recovering"
+        self._note(worker.role.name, "lost", str(cause))
         self.abandon(worker, cause)
         if not self._closed:
             self._spawn(self._recover(worker))
@@ -157,11 +243,16 @@ class Fleet(Generic[R]):
         """What a restarted worker must do before it is given work. Raises RoleError."""
 
     async def _least_loaded(self, but: Worker[R] | None) -> Worker[R]:
-        """The usable worker with the fewest calls; `but` only where there is no other."""
-        while not (usable := self.usable()):
+        """The usable worker with the least load; `but` only where there is no other."""
+        while (worker := self._shortlist.least(self.is_usable, but)) is None:
             self._changed.clear()
             await self._changed.wait()
-        return min(usable, key=lambda worker: (worker is but, len(worker.calls)))
+        return worker
+
+    def _may_be_usable(self, worker: Worker[R]) -> None:
+        """Let it be found by those who look for a worker."""
+        self._shortlist.push(worker)
+        self._changed.set()
 
     async def _recover(self, worker: Worker[R]) -> None:
         while worker.restarts < self._max_restarts:
@@ -173,9 +264,11 @@ class Fleet(Generic[R]):
                 worker.cause = error
                 continue
             worker.state = "up"
-            self._changed.set()
+            self._note(worker.role.name, "up", f"restart {worker.restarts}")
+            self._may_be_usable(worker)
             return
         worker.state = "retired"
+        self._note(worker.role.name, "retired", str(worker.cause))
         if not self._closed and all(other.state == "retired" for other in self.workers):
             raise FleetExhausted(
                 f"no {self._kind} is left: each used up driver.max_restarts={self._max_restarts}\n"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from distrl.driver.fleet import Abandoned, Fleet, Spawn, Worker
+from distrl.driver.fleet import Abandoned, Fleet, Note, Spawn, Worker
 from distrl.records import Weights
 from distrl.roles import Generator, RoleError, WorkerDied
 
@@ -20,13 +20,26 @@ class Generators(Fleet[Generator]):
     """Generators, and the weights that they hold."""
 
     def __init__(
-        self, roles: Sequence[Generator], *, max_restarts: int, tries: int, spawn: Spawn
+        self,
+        roles: Sequence[Generator],
+        *,
+        max_restarts: int,
+        tries: int,
+        spawn: Spawn,
+        note: Note = lambda who, what, why: None,
     ) -> None:
-        super().__init__("generator", roles, max_restarts=max_restarts, tries=tries, spawn=spawn)
+        super().__init__(
+            "generator", roles, max_restarts=max_restarts, tries=tries, spawn=spawn, note=note
+        )
         self.reloads = 0
         self._weights: Weights | None = None
         self._required: int | None = None
         self._held: dict[Worker[Generator], int] = {}
+
+    @property
+    def required(self) -> int:
+        """The version that a generator must hold, or a newer one, to be given work."""
+        return self._required or 0
 
     def is_usable(self, worker: Worker[Generator]) -> bool:
         held = self._held.get(worker)
@@ -49,6 +62,7 @@ class Generators(Fleet[Generator]):
             for worker in up:
                 loads.create_task(self._update(worker))
         self._required = weights.version
+        self._shortlist.renew(self.workers)
         self._changed.set()
 
     async def hold(self, worker: Worker[Generator], groups: int) -> None:
@@ -93,3 +107,4 @@ class Generators(Fleet[Generator]):
             weights = self._weights
             await self.call(worker, worker.role.load_weights(weights))
         self._held[worker] = weights.version
+        self._note(worker.role.name, "loaded", str(weights.version))

@@ -16,10 +16,11 @@ from distrl.config import DriverConfig
 from distrl.driver.admission import Admission
 from distrl.driver.buffer import BufferClosed, Landed, OrderedBuffer
 from distrl.driver.errors import OutOfStep
+from distrl.driver.ledger import Ledger, Step
 from distrl.driver.ports import CheckpointStore, RolloutsHook
 from distrl.driver.roll import Roller
 from distrl.driver.row import Durations, Row, Stopwatch, batch_row, duration_row, staleness_row
-from distrl.driver.staleness import check_ages
+from distrl.driver.staleness import Age, StalenessRule, check_ages
 from distrl.driver.state import LEARNER_FOLDER, Progress, Start
 from distrl.metrics.sinks import Sink
 from distrl.records import StepReport
@@ -38,6 +39,8 @@ class LearnLoop:
     progress: Progress
     sink: Sink
     checkpoints: CheckpointStore
+    ledger: Ledger
+    rule: StalenessRule
     start: Start
     clock: Callable[[], float]
     on_rollouts: RolloutsHook | None
@@ -81,17 +84,25 @@ class LearnLoop:
         self.progress.doing = f"writing the checkpoint of step {step}"
         folder = await asyncio.to_thread(self.checkpoints.begin, step)
         await self.learner.save(folder / LEARNER_FOLDER)
-        state = self.progress.state(self.buffer.cursor, self.drops())
+        cursor = self.buffer.cursor
+        state = self.progress.state(cursor, self.buffer.ahead, self.drops())
+        state["ledger"] = self.ledger.run_id
+        await self.ledger.flush()
         await asyncio.to_thread(self.checkpoints.commit, step, {**self.extra_state, **state})
+        self.ledger.committed(step, cursor)
         self._saved_step = step
 
     async def _step(self, batch: list[Landed], idle_s: float) -> None:
         consumed_s = self.clock()
-        ages = check_ages(batch, self.progress.version, self.config.max_staleness)
+        version = self.progress.version
+        ages = check_ages(batch, version, self.rule)
         watch = Stopwatch(self.clock)
         self.progress.doing = f"in the learner's step {self.progress.step + 1}"
-        report = await self.learner.learn([landed.parcel.payload for landed in batch])
-        self._count(batch, report)
+        report = await self.learner.learn(
+            [landed.parcel.payload for landed in batch], oldest=self.rule.masks_below(version)
+        )
+        self._count(batch, ages, report)
+        self.roller.version_changed()
         learn_s, ahead = watch.lap(), self._ahead_row()
         if not self.stopping:
             if not report.skipped:
@@ -102,7 +113,7 @@ class LearnLoop:
         )
         row = {
             **batch_row(batch, consumed_s),
-            **staleness_row(batch, ages, self.config.max_staleness),
+            **staleness_row(batch, ages, self.rule.bound),
             **duration_row(durations),
             **ahead,
             **self._driver_row(durations.step),
@@ -111,7 +122,7 @@ class LearnLoop:
         self.sink.log(self.progress.step, row)
         await self._after(batch)
 
-    def _count(self, batch: list[Landed], report: StepReport) -> None:
+    def _count(self, batch: list[Landed], ages: list[Age], report: StepReport) -> None:
         progress = self.progress
         due = (progress.step + 1, progress.version + (not report.skipped))
         if (report.step, report.version) != due:
@@ -119,6 +130,16 @@ class LearnLoop:
                 f"the learner reports step {report.step} and version {report.version} "
                 f"(skipped: {report.skipped}) where step {due[0]} and version {due[1]} were due"
             )
+        self.ledger.trained(
+            Step(
+                number=due[0],
+                version=progress.version,
+                version_after=due[1],
+                bound=self.rule.bound,
+            ),
+            [landed.index for landed in batch],
+            [age.masked for age in ages],
+        )
         progress.step, progress.version = due
         progress.samples += sum(len(landed.parcel.info.group.lengths) for landed in batch)
         progress.tokens += sum(sum(landed.parcel.info.group.lengths) for landed in batch)
@@ -162,6 +183,8 @@ class LearnLoop:
             "rollout/tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
             "driver/in_flight": self.admission.in_flight,
             "driver/drops": self.drops().total(),
+            "waste/tokens": self.roller.waste.tokens.total(),
+            "waste/seconds": self.roller.waste.seconds.total(),
             "driver/retries": generators.retries + scorers.retries,
             "driver/restarts": generators.restarts + scorers.restarts,
             "driver/reloads": generators.reloads,

@@ -6,32 +6,90 @@ Invariant: every prompt taken from the source is in exactly one of four places: 
 
 from __future__ import annotations
 
+import asyncio
 from asyncio import Lock
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 from distrl.driver.admission import Admission
 from distrl.driver.buffer import Landed, OrderedBuffer
 from distrl.driver.errors import DriverError, OutOfStep
 from distrl.driver.fleet import Fleet, GroupLost, Spawn, Worker
 from distrl.driver.generators import Generators
+from distrl.driver.ledger import Ledger
 from distrl.driver.ports import PromptSource
+from distrl.driver.staleness import STALE, StalenessRule
 from distrl.driver.state import Progress
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo
-from distrl.roles import Generator, Scorer
+from distrl.roles import Generator, RoleError, Scorer
+
+
+@dataclass(slots=True)
+class Waste:
+    """What was done for nothing, by reason: response tokens, and seconds of generation."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, reason: str, tokens: int, seconds: float) -> None:
+        self.tokens[reason] += tokens
+        self.seconds[reason] += seconds  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(slots=True)
 class Ticket:
-    """A group under way: since when, and who has it."""
+    """A group under way.
+
+    Attributes:
+        holder: who has it now.
+        version: no token of it is of an older one.
+        began_s: when its present attempt was given to a generator.
+        group: what was generated, once it was.
+        doomed: it is too old for any gradient, and was given up.
+    """
 
     prompt: Prompt
     admitted_s: float
+    version: int = 0
+    began_s: float = 0.0
     holder: str = "the driver"
+    group: GroupInfo | None = None
+    doomed: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class _Generating:
+    """Witness of a group being generated: each further try is another attempt."""
+
+    ticket: Ticket
+    roller: Roller
 
     def held_by(self, name: str) -> None:
-        self.holder = name
+        ticket, roller = self.ticket, self.roller
+        ticket.holder, ticket.began_s = name, roller.clock()
+        ticket.version = roller.generators.required
+
+    def failed(self, name: str, error: RoleError) -> None:
+        ticket, roller = self.ticket, self.roller
+        why = type(error).__name__
+        roller.waste.add(f"failed: {why}", 0, roller.clock() - ticket.began_s)
+        roller.ledger.failed(ticket.prompt.index, f"{name}: {why}: {error}")
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """Witness of a group being scored: what was generated stays, whoever scores it."""
+
+    ticket: Ticket
+    ledger: Ledger
+
+    def held_by(self, name: str) -> None:
+        self.ticket.holder = name
+
+    def failed(self, name: str, error: RoleError) -> None:
+        self.ledger.event(name, "gave no score", f"group {self.ticket.prompt.index}: {error}")
 
 
 @dataclass(kw_only=True)
@@ -40,8 +98,10 @@ class Roller:
 
     Attributes:
         issued: index of the next prompt.
-        landed_tokens: response tokens of all groups that landed.
+        landed_tokens: response tokens of all groups that landed; landed_samples: their samples.
         tickets: the groups under way, by index.
+        settled: indices from `issued` on that were trained or dropped before a resume.
+        waste: what was generated for nothing, or tried in vain.
     """
 
     source: PromptSource
@@ -52,12 +112,17 @@ class Roller:
     progress: Progress
     spawn: Spawn
     clock: Callable[[], float]
+    ledger: Ledger
+    rule: StalenessRule
     samples_per_prompt: int
     lockstep: bool
     issued: int
+    settled: Collection[int] = ()
 
     def __post_init__(self) -> None:
+        self.waste = Waste()
         self.landed_tokens = 0
+        self.landed_samples = 0
         self.tickets: dict[int, Ticket] = {}
         # In lockstep a scorer sees one group at a time: what shares a forward pass with it
         # would otherwise depend on who finished first, and with it the last bits of the reward.
@@ -72,7 +137,35 @@ class Roller:
             for prompt, first in zip(prompts, firsts, strict=True):
                 ticket = Ticket(prompt, self.clock())
                 self.tickets[prompt.index] = ticket
-                self.spawn(self._roll(ticket, first))
+                self.ledger.issued(prompt)
+                ticket.task = self.spawn(self._roll(ticket, first))
+
+    def version_changed(self) -> None:
+        """Give up what no gradient can use any more: in the buffer, and in flight."""
+        version = self.progress.version
+        swept = self.buffer.sweep(
+            lambda landed: self.rule.dooms_group(landed.parcel.info.group, version), STALE
+        )
+        for landed in swept:
+            self._lose(landed.parcel.info.group, STALE)
+            self.ledger.dropped(landed.index, f"{STALE}: in the buffer")
+            self.admission.discarded()
+        for ticket in self.tickets.values():
+            if not ticket.doomed and self._is_doomed(ticket, version) and ticket.task is not None:
+                ticket.doomed = True
+                ticket.task.cancel()
+
+    def _is_doomed(self, ticket: Ticket, version: int) -> bool:
+        """Before it was generated, a group is reckoned as old as the weights when it was given
+        out: what is masked is not known before, so then it is waited for."""
+        if ticket.group is not None:
+            return self.rule.dooms_group(ticket.group, version)
+        if self.rule.on_stale == "mask" or ticket.began_s == 0.0:
+            return False
+        return self.rule.dooms(ticket.version, ticket.version, version)
+
+    def _lose(self, group: GroupInfo, reason: str) -> None:
+        self.waste.add(reason, sum(group.lengths), group.seconds)
 
     def pending(self) -> str:
         """One line for each group under way: its prompt, who has it, since when."""
@@ -86,6 +179,9 @@ class Roller:
 
     def _next_prompt(self) -> Prompt:
         prompt = self.source.next()
+        while prompt.index == self.issued and prompt.index in self.settled:
+            self.issued += 1
+            prompt = self.source.next()
         if prompt.index != self.issued:
             raise OutOfStep(
                 f"the prompt source gave index {prompt.index} where {self.issued} was due; "
@@ -106,27 +202,55 @@ class Roller:
 
     async def _roll(self, ticket: Ticket, first: Worker[Generator] | None) -> None:
         """One group from prompt to buffer, or dropped: exactly one of the two."""
-        index = ticket.prompt.index
         try:
             scored = await self._roll_out(ticket, first)
         except GroupLost as lost:
-            del self.tickets[index]
-            self.buffer.drop(index, str(lost))
-            self.admission.dropped()
+            self._drop(ticket, str(lost), "given up")
+        except asyncio.CancelledError:
+            if not ticket.doomed:
+                raise
+            self._drop(ticket, STALE, STALE)
         else:
-            del self.tickets[index]
-            self._land(ticket, scored)
+            if self.rule.dooms_group(scored.info.group, self.progress.version):
+                self._drop(ticket, STALE, STALE)
+            else:
+                self._land(ticket, scored)
+
+    def _drop(self, ticket: Ticket, reason: str, account: str) -> None:
+        index = ticket.prompt.index
+        del self.tickets[index]
+        if ticket.group is not None:
+            self._lose(ticket.group, account)
+        else:
+            self.waste.add(account, 0, self.clock() - ticket.began_s)
+        self.ledger.dropped(index, reason)
+        self.buffer.drop(index, reason)
+        self.admission.dropped()
 
     async def _roll_out(
         self, ticket: Ticket, first: Worker[Generator] | None
     ) -> Parcel[ScoredInfo]:
         generated = await self.generators.do(
-            lambda role: role.generate(ticket.prompt), holder=ticket.held_by, first=first
+            lambda role: role.generate(ticket.prompt),
+            witness=_Generating(ticket, self),
+            load=self._expected_tokens(ticket.prompt),
+            first=first,
         )
         self._check_group(ticket.prompt, generated.info)
-        return await self.scorers.do(
-            lambda role: self._score(role, generated), holder=ticket.held_by
+        ticket.group = generated.info
+        self.ledger.generated(generated.info)
+        scored = await self.scorers.do(
+            lambda role: self._score(role, generated),
+            witness=_Scoring(ticket, self.ledger),
+            load=sum(generated.info.lengths),
         )
+        self.ledger.scored(scored.info)
+        return scored
+
+    def _expected_tokens(self, prompt: Prompt) -> int:
+        """Tokens that a generator will have to compute, if the group is as long as most."""
+        mean = self.landed_tokens // self.landed_samples if self.landed_samples else 1
+        return self.samples_per_prompt * (len(prompt.token_ids) + mean)
 
     async def _score(self, role: Scorer, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
         if not self.lockstep:
@@ -143,8 +267,10 @@ class Roller:
 
     def _land(self, ticket: Ticket, scored: Parcel[ScoredInfo]) -> None:
         now = self.clock()
+        del self.tickets[ticket.prompt.index]
         self.progress.moved_s = now
         self.landed_tokens += sum(scored.info.group.lengths)
+        self.landed_samples += len(scored.info.group.lengths)
         self.buffer.put(
             Landed(
                 parcel=scored,
@@ -153,4 +279,5 @@ class Roller:
                 landed_version=self.progress.version,
             )
         )
+        self.ledger.admitted(scored.info.group.index)
         self.admission.landed()

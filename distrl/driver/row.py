@@ -70,6 +70,7 @@ def staleness_row(batch: Sequence[Landed], ages: Sequence[Age], max_staleness: i
         "staleness/hist": [int(count) for count in hist],
         "staleness/in_flight": float(np.average([a.in_flight for a in ages], weights=tokens)),
         "staleness/in_buffer": float(np.average([a.in_buffer for a in ages], weights=tokens)),
+        "staleness/masked_tokens": sum(age.masked for age in ages),
     }
 
 

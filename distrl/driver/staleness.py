@@ -1,46 +1,90 @@
-"""Staleness at consumption: the check behind the prevention, and where the age came from.
+"""Staleness: what is too old for a gradient, and where an age came from.
 
-Age of a token = learner's version at the gradient − version that sampled it. Admission makes a
-breach impossible (`admission.py` has the proof); this raises all the same.
+Age of a token = learner's version at the gradient − version that sampled it. With a lead of
+`max_staleness` admission makes a breach impossible (`admission.py` has the proof), and the check
+at consumption raises all the same. With a longer lead groups do become too old, and go:
+
+    drop   a group with a token that is too old is given up, and another prompt taken for it:
+           in the buffer and in flight when the version changes (before the engines are paused for
+           the new weights), or as it lands
+    mask   its old tokens are left out of the gradient; a group that has no other goes as above
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from distrl.driver.buffer import Landed
 from distrl.driver.errors import StalenessBreach
+from distrl.records import GroupInfo
+
+STALE = "too old"
+"""Reason of a drop, in metrics and ledger."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StalenessRule:
+    """The bound, and what happens to what is beyond it; None: nothing ever may be."""
+
+    bound: int
+    on_stale: Literal["drop", "mask"] | None
+
+    def floor(self, version: int) -> int:
+        """The oldest version that a gradient at `version` may have tokens of."""
+        return version - self.bound
+
+    def masks_below(self, version: int) -> int:
+        """Tokens of older versions than this are to be left out of a gradient at `version`."""
+        return self.floor(version) if self.on_stale == "mask" else 0
+
+    def dooms(self, oldest: int, newest: int, version: int) -> bool:
+        """Whether a group of these versions is of no use to a learner of `version`."""
+        if self.on_stale is None:
+            return False
+        return (oldest if self.on_stale == "drop" else newest) < self.floor(version)
+
+    def dooms_group(self, group: GroupInfo, version: int) -> bool:
+        return self.on_stale is not None and self.dooms(
+            group.oldest_version, group.newest_version, version
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Age:
-    """Age of a group's oldest token, in versions: what passed in flight and what in the buffer."""
+    """Age of a group's oldest token that reaches the gradient, in versions: what passed in
+    flight and what in the buffer; and how many tokens are masked as older than the bound."""
 
     in_flight: int
     in_buffer: int
+    masked: int = 0
 
     @property
     def versions(self) -> int:
         return self.in_flight + self.in_buffer
 
 
-def check_ages(batch: Sequence[Landed], version: int, max_staleness: int) -> list[Age]:
+def check_ages(batch: Sequence[Landed], version: int, rule: StalenessRule) -> list[Age]:
     """The age of each group at a learner of `version`.
 
-    Raises StalenessBreach where a token is older than `max_staleness`, or was stamped with a
-    version that the learner has not reached.
+    Raises StalenessBreach where a token is older than the bound and not masked, or was stamped
+    with a version that the learner has not reached.
     """
-    return [_check(landed, version, max_staleness) for landed in batch]
+    return [_check(landed, version, rule) for landed in batch]
 
 
-def _check(landed: Landed, version: int, max_staleness: int) -> Age:
+def _check(landed: Landed, version: int, rule: StalenessRule) -> Age:
     group = landed.parcel.info.group
-    if version - group.oldest_version > max_staleness:
+    oldest, masked, floor = group.oldest_version, 0, rule.floor(version)
+    if oldest < floor and rule.on_stale == "mask" and group.newest_version >= floor:
+        masked = tokens_below(group, floor)
+        oldest = min(s.version for spans in group.spans for s in spans if s.version >= floor)
+    if oldest < floor:
         raise StalenessBreach(
             f"group {group.index} (prompt {group.prompt_id!r}, {group.generator}) has a token of "
-            f"version {group.oldest_version} at a learner of version {version}: older than "
-            f"max_staleness={max_staleness}. Admission should have made this impossible; please "
+            f"version {oldest} at a learner of version {version}: older than "
+            f"max_staleness={rule.bound}. Admission should have made this impossible; please "
             "report it with the run's metrics"
         )
     if group.newest_version > version:
@@ -49,7 +93,12 @@ def _check(landed: Landed, version: int, max_staleness: int) -> Age:
             f"{group.newest_version}, which the learner (version {version}) has not published; "
             "was a generator left over from another run?"
         )
-    return Age(
-        in_flight=landed.landed_version - group.oldest_version,
-        in_buffer=version - landed.landed_version,
+    in_flight = max(0, landed.landed_version - oldest)
+    return Age(in_flight=in_flight, in_buffer=version - oldest - in_flight, masked=masked)
+
+
+def tokens_below(group: GroupInfo, floor: int) -> int:
+    """Tokens of a group that versions before `floor` sampled."""
+    return sum(
+        span.end - span.start for spans in group.spans for span in spans if span.version < floor
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ class Start:
         samples: samples trained on so far.
         tokens: response tokens trained on so far.
         drops: dropped groups below `cursor`, by reason.
+        ahead: prompts beyond `cursor` that were trained on or dropped all the same.
         checkpoint: the folder to load the learner from; None: it stays as it is.
     """
 
@@ -30,6 +31,7 @@ class Start:
     samples: int = 0
     tokens: int = 0
     drops: Mapping[str, int] = field(default_factory=dict)
+    ahead: tuple[int, ...] = ()
     checkpoint: Path | None = None
 
     @classmethod
@@ -42,6 +44,7 @@ class Start:
             samples=state["samples"],
             tokens=state["tokens"],
             drops=state["drops"],
+            ahead=tuple(state["ahead"]),
             checkpoint=checkpoint,
         )
 
@@ -66,8 +69,10 @@ class Progress:
     def of(cls, start: Start, now_s: float) -> Progress:
         return cls(start.step, start.version, start.samples, start.tokens, now_s)
 
-    def state(self, cursor: int, drops: Mapping[str, int]) -> dict[str, Any]:
-        """What a checkpoint keeps; `drops` are those below `cursor`."""
+    def state(
+        self, cursor: int, ahead: Collection[int], drops: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """What a checkpoint keeps; below `cursor`, and in `ahead`, all is settled."""
         return {
             "step": self.step,
             "version": self.version,
@@ -75,6 +80,7 @@ class Progress:
             "samples": self.samples,
             "tokens": self.tokens,
             "drops": dict(drops),
+            "ahead": sorted(ahead),
         }
 
 

@@ -97,7 +97,7 @@ class VLLMGenerator:
             rollout = await self._roll(prompt)
             await self._proven.wait()
             if self._bad_loads == bad_loads:
-                info = GroupInfo.of(rollout, time.monotonic() - began)
+                info = GroupInfo.of(rollout, time.monotonic() - began, self.spec.seed)
                 return Parcel(info=info, payload=rollout)
 
     async def hold(self, groups: int) -> None:

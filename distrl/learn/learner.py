@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,8 +25,9 @@ from distrl.algo import AdaptiveKL, FixedKL, lr_factor
 from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.experience import Experience, to_experience
-from distrl.learn.measure import measure, part_means
+from distrl.learn.measure import by_age, measure, part_means
 from distrl.learn.ppo import MinibatchReport, Prepared, backward, minibatches, prepare
+from distrl.learn.record import SMALL, Recorder
 from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
 from distrl.models.heads import ScalarModel
 from distrl.models.load import best_device, load_policy, save_policy
@@ -50,6 +51,7 @@ class LearnerSpec:
         temperature: of sampling; log-probabilities are of logits / temperature.
         canary_tokens: length of the probe that proves a sync.
         scratch: folder where the batch of a non-finite step is kept.
+        recording: folder where every step is recorded for a replay; None: nowhere.
         threads: CPU threads; None leaves torch's choice.
     """
 
@@ -61,6 +63,7 @@ class LearnerSpec:
     seed: int
     canary_tokens: int
     scratch: Path
+    recording: Path | None = None
     threads: int | None = None
 
 
@@ -87,10 +90,18 @@ class PPOLearner:
             else FixedKL(kl.coef)
         )
         self.publisher = SharedMemoryPublisher()
+        self.recorder = self._new_recorder()
         self.step = 0
         self.version = 0
         self.skips = 0
         self.skips_in_a_row = 0
+
+    def _new_recorder(self) -> Recorder:
+        wanted = self.config.record
+        if wanted is None:
+            wanted = sum(p.numel() for p in self.policy.parameters()) <= SMALL
+        folder = self.spec.recording if wanted else None
+        return Recorder(folder, int(self.config.record_mib * 2**20))
 
     def _new_critic(self) -> ScalarModel:
         if self.spec.reward_model is not None:
@@ -108,10 +119,24 @@ class PPOLearner:
 
     # -- one step -----------------------------------------------------------------
 
-    def learn(self, groups: Sequence[ScoredRollout]) -> StepReport:
-        """One learner step. Raises LearnerFailed after `max_skips` bad steps in a row."""
+    def learn(self, groups: Sequence[ScoredRollout], *, oldest: int = 0) -> StepReport:
+        """One learner step; tokens of versions before `oldest` are left out of the gradient.
+
+        Raises LearnerFailed after `max_skips` bad steps in a row.
+        """
         began = time.monotonic()
-        batch = to_experience(RolloutBatch(groups=tuple(groups))).to(self.device)
+        report = self.learn_from(to_experience(RolloutBatch(groups=tuple(groups))), oldest)
+        metrics = {
+            **report.metrics,
+            **part_means(groups),
+            "time/learn_compute": time.monotonic() - began,
+        }
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return replace(report, metrics=finite)
+
+    def learn_from(self, experience: Experience, oldest: int = 0) -> StepReport:
+        """One learner step on a batch of tensors; recorded where the spec says so."""
+        batch = experience.to(self.device)
         prepared = prepare(
             batch,
             self.policy,
@@ -120,8 +145,10 @@ class PPOLearner:
             self.config,
             temperature=self.spec.temperature,
             kl_coef=self.kl.coef,
+            oldest=oldest,
         )
-        metrics = measure(batch, prepared, version=self.version) | part_means(groups)
+        metrics = measure(batch, prepared, version=self.version)
+        metrics |= by_age(batch, prepared, self.version, self.config.clip)
         metrics["kl/coef"] = self.kl.coef
         metrics["learn/lr"] = self._rate(self.config.lr)
         reports, norms = self._optimise(batch, prepared)
@@ -132,9 +159,8 @@ class PPOLearner:
             self.kl.update(metrics["kl/ref"], len(batch))
             metrics |= _means(reports, norms)
         metrics["learn/skipped_steps"] = float(self.skips)
-        metrics["time/learn_compute"] = time.monotonic() - began
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=finite)
+        self.recorder.keep(self.step, experience, oldest, self.policy, self.critic)
+        return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=metrics)
 
     def _optimise(
         self, batch: Experience, prepared: Prepared
@@ -241,6 +267,7 @@ class PPOLearner:
         self.skips, self.skips_in_a_row = state["skips"], state["skips_in_a_row"]
         if isinstance(self.kl, AdaptiveKL):
             self.kl.coef = state["kl_coef"]
+        self.recorder.rewind(self.step)
 
     def export(self, folder: Path) -> None:
         """The policy and its tokenizer in Hugging Face format."""
@@ -267,8 +294,8 @@ class LocalLearner:
     def __init__(self, learner: PPOLearner) -> None:
         self.learner = learner
 
-    async def learn(self, payloads: Sequence[Any]) -> StepReport:
-        return await asyncio.to_thread(self.learner.learn, payloads)
+    async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
+        return await asyncio.to_thread(self.learner.learn, payloads, oldest=oldest)
 
     async def publish(self) -> Weights:
         return await asyncio.to_thread(self.learner.publish)

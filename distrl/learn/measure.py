@@ -42,6 +42,36 @@ def measure(batch: Experience, prepared: Prepared, version: int) -> dict[str, fl
     return metrics
 
 
+@torch.no_grad()
+def by_age(
+    batch: Experience, prepared: Prepared, version: int, clip: float
+) -> dict[str, float]:
+    """How far each age of tokens is from the learner's policy (`metrics.names.BY_LAG`).
+
+    The ratio r is of the proximal policy (the learner before its step) to the behaviour policy
+    (the engine when it sampled). KL(behaviour || proximal) is estimated by r - 1 - log r on the
+    behaviour policy's samples (k3, Schulman 2020): never negative, no bias. At lag 0 both hold
+    the same weights: what is seen there is numerical, and what is seen beyond it is drift.
+    """
+    mask = batch.mask_BT
+    log_ratio_N = (prepared.proximal - batch.behaviour_BT)[mask]
+    ages_N = (version - batch.versions_BT)[mask]
+    ratio_N = log_ratio_N.exp()
+    out: dict[str, float] = {}
+    for age in ages_N.unique().tolist():
+        mine = ages_N == age
+        ratio = ratio_N[mine]
+        figures = {
+            "tokens": float(mine.sum()),
+            "kl": (ratio - 1 - log_ratio_N[mine]).mean().item(),
+            "ess": effective_sample_size(ratio[None], torch.ones_like(ratio)[None]).item(),
+            "ratio_mean": ratio.mean().item(),
+            "clip_fraction": ((ratio - 1).abs() > clip).float().mean().item(),
+        }
+        out |= {f"offpolicy/{name}/lag{age}": value for name, value in figures.items()}
+    return out
+
+
 def part_means(groups: Sequence[ScoredRollout]) -> dict[str, float]:
     """`reward/<component>`: the mean of each part of the reward over all samples."""
     scores = [score for group in groups for score in group.scores]

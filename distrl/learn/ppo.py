@@ -39,8 +39,10 @@ from distrl.models.heads import ScalarModel
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """All [B, T], constants of the step, 0 on padding."""
+    """All [B, T], constants of the step, 0 on padding. `kept` is True on the tokens that reach the
+    gradient: all response tokens but those that were too old."""
 
+    kept: Tensor
     proximal: Tensor
     entropy: Tensor
     reference: Tensor
@@ -64,8 +66,10 @@ def prepare(
     *,
     temperature: float,
     kl_coef: float,
+    oldest: int = 0,
 ) -> Prepared:
-    """Steps 1 to 4."""
+    """Steps 1 to 4. Tokens of versions before `oldest` take part in all of them, and are only
+    left out of step 5."""
     mask = batch.mask_BT
     proximal, entropy, ref, values = (torch.zeros_like(batch.behaviour_BT) for _ in range(4))
     for part in micro_batches(batch.lengths_B, torch.arange(len(batch)), config.micro_tokens):
@@ -83,6 +87,7 @@ def prepare(
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     return Prepared(
+        kept=mask & (batch.versions_BT >= oldest),
         proximal=proximal,
         entropy=entropy,
         reference=ref,
@@ -123,16 +128,16 @@ def backward(
 ) -> MinibatchReport:
     """Add the gradients of one minibatch's token-mean losses, microbatch by microbatch.
 
-    A microbatch's mean is weighted by its share of the minibatch's response tokens, so the
+    A microbatch's mean is weighted by its share of the minibatch's kept tokens, so the
     sum does not depend on how the minibatch was cut.
     """
-    tokens = int(batch.response_lengths_B[index].sum())
+    tokens = int(prepared.kept[index].sum())
     sums = torch.zeros(5)
     for part in micro_batches(batch.lengths_B, index, config.micro_tokens):
         rows = batch.rows(part)
-        mask, width = rows.mask_BT, rows.tokens_BT.shape[1]
-        known = prepared.rows(part, width)
-        share = int(rows.response_lengths_B.sum()) / tokens
+        known = prepared.rows(part, rows.tokens_BT.shape[1])
+        mask = known.kept
+        share = int(mask.sum()) / tokens if tokens else 0.0
         logprobs, entropy = response_logprobs(
             policy, rows, temperature, with_entropy=config.entropy_bonus > 0
         )

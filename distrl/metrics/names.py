@@ -31,6 +31,7 @@ METRICS: dict[str, str] = {
     "staleness/hist": "list: entry k is the number of tokens of age k",
     "staleness/in_flight": "part of staleness/mean that passed while a group was in flight",
     "staleness/in_buffer": "part of staleness/mean that passed while a group waited in the buffer",
+    "staleness/masked_tokens": "tokens of the step left out of the gradient as too old",
     "mismatch/lag0_abs_mean": "mean |log p(learner) - log p(engine)| on tokens of age 0 (nats)",
     "rollout/tokens_per_second": "response tokens generated a second of wall-clock",
     "rollout/length_mean": "mean length of the step's responses (tokens)",
@@ -43,6 +44,8 @@ METRICS: dict[str, str] = {
     "driver/drops": "groups dropped since the start of the run",
     "driver/retries": "groups tried again since the run was started or resumed",
     "driver/restarts": "workers restarted since the run was started or resumed",
+    "waste/tokens": "response tokens generated for nothing, since start or resume",
+    "waste/seconds": "generator seconds spent for nothing, since start or resume (s)",
     "driver/reloads": "weights sent again after a failed canary, since start or resume",
     "time/step": "wall-clock from one learner step's end to the next's (s)",
     "time/generate": "mean time to generate a group of the step (s)",
@@ -57,17 +60,30 @@ METRICS: dict[str, str] = {
     "tokens/total": "response tokens trained on since the start of the run",
 }
 
+BY_LAG: dict[str, str] = {
+    "tokens": "number of tokens of this age",
+    "kl": "KL(behaviour || proximal) a token, k3 (nats): at lag 0 numerical, beyond it drift",
+    "ess": "effective sample size of their importance weights, uncapped, over their number",
+    "ratio_mean": "mean of proximal over behaviour probability; 1 but for chance",
+    "clip_fraction": "share of tokens whose ratio is outside 1 - clip to 1 + clip",
+}
+"""Metrics by the age of tokens: `offpolicy/<name>/lag<versions>`."""
+
+_BY_LAG = re.compile(rf"offpolicy/({'|'.join(BY_LAG)})/lag\d+")
 # Each part of the reward has a metric of its own, by the name that the config gives it.
 _COMPONENT = re.compile(r"reward/[a-z0-9_]+")
 
 
 def unknown_names(values: Iterable[str]) -> list[str]:
-    """The names in `values` that are neither in METRICS nor a `reward/<component>`.
+    """The names in `values` that are neither in METRICS, nor `reward/<component>`, nor by lag.
 
     "step" and "time", which every JSONL row carries, are known.
     """
     return sorted(
         name
         for name in values
-        if name not in METRICS and name not in {"step", "time"} and not _COMPONENT.fullmatch(name)
+        if name not in METRICS
+        and name not in {"step", "time"}
+        and not _COMPONENT.fullmatch(name)
+        and not _BY_LAG.fullmatch(name)
     )

@@ -66,9 +66,16 @@ class LocalScorer:
                 f"{self.name} gave no score for prompt {group.info.prompt_id!r} within "
                 f"{self._timeout_s} s (score.timeout_s)"
             ) from None
-        rewards = tuple(score.value for score in scored.scores)
-        seconds = time.perf_counter() - start
-        info = ScoredInfo(group=group.info, rewards=rewards, seconds=seconds)
+        info = ScoredInfo(
+            group=group.info,
+            rewards=tuple(score.value for score in scored.scores),
+            seconds=time.perf_counter() - start,
+            scorer=self.name,
+            parts={
+                part: tuple(score.parts[part] for score in scored.scores)
+                for part in scored.scores[0].parts
+            },
+        )
         return Parcel(info=info, payload=scored)
 
     def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:

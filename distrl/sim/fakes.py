@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, VersionSpan, Weights
-from distrl.roles import LearnerFailed, WorkerDied
+from distrl.roles import LearnerFailed
+from distrl.sim.process import Process
 from distrl.sim.script import Faults, Seconds, error_of, fixed
 
 BYTES_PER_TOKEN = 8
@@ -33,44 +34,6 @@ class FakeGroup:
 
     index: int
     spans: tuple[tuple[VersionSpan, ...], ...]
-
-
-class _Process:
-    """Calls in a worker that may die: each waits its time, or fails with all the others."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.dead = False
-        self.waiting: set[asyncio.Future[None]] = set()
-
-    async def wait(self, seconds: float | None) -> None:
-        """Pass `seconds` of the loop's time; None: for ever. WorkerDied where it is dead."""
-        if self.dead:
-            raise WorkerDied(f"{self.name} is dead")
-        if seconds is not None and seconds <= 0:
-            return
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-        timer = None if seconds is None else loop.call_later(seconds, _resolve, over)
-        self.waiting.add(over)
-        try:
-            await over
-        finally:
-            self.waiting.discard(over)
-            if timer is not None:
-                timer.cancel()
-
-    def die(self) -> None:
-        """Every call in flight fails, and every later one."""
-        self.dead = True
-        for over in self.waiting:
-            if not over.done():
-                over.set_exception(WorkerDied(f"{self.name} died with this call in flight"))
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class FakeGenerator:
@@ -105,7 +68,7 @@ class FakeGenerator:
         self._length = length
         self._samples = samples
         self._faults = faults or Faults()
-        self._process = _Process(name)
+        self._process = Process(name)
         self._history: list[tuple[float, int]] = []
         self._gate: asyncio.Event | None = None
         self._missing = 0
@@ -127,7 +90,7 @@ class FakeGenerator:
         if fault is not None:
             raise error_of(fault, self.name)
         spans = self._spans(began_s, loop.time(), self._length(prompt))
-        return self._parcel(prompt, spans, loop.time() - began_s)
+        return parcel_of(self.name, prompt, (spans,) * self._samples, loop.time() - began_s)
 
     async def hold(self, groups: int) -> None:
         """The next `groups` calls begin together."""
@@ -154,7 +117,7 @@ class FakeGenerator:
         await asyncio.sleep(self._restart_seconds())
         if fault is not None:
             raise error_of(fault, self.name)
-        self._process = _Process(self.name)
+        self._process = Process(self.name)
         self._history = []
         self._gate = None
 
@@ -188,23 +151,23 @@ class FakeGenerator:
                 break
         return tuple(reversed(spans))
 
-    def _parcel(
-        self, prompt: Prompt, spans: tuple[VersionSpan, ...], seconds: float
-    ) -> Parcel[GroupInfo]:
-        tokens = spans[-1].end
-        info = GroupInfo(
-            index=prompt.index,
-            prompt_id=prompt.prompt_id,
-            generator=self.name,
-            lengths=(tokens,) * self._samples,
-            oldest_version=spans[0].version,
-            newest_version=spans[-1].version,
-            finish_reasons=("stop",) * self._samples,
-            nbytes=tokens * self._samples * BYTES_PER_TOKEN,
-            seconds=seconds,
-        )
-        group = FakeGroup(index=prompt.index, spans=(spans,) * self._samples)
-        return Parcel(info=info, payload=group)
+
+def parcel_of(
+    name: str, prompt: Prompt, spans: tuple[tuple[VersionSpan, ...], ...], seconds: float
+) -> Parcel[GroupInfo]:
+    """What a fake generator hands on: a sample for each of `spans`."""
+    lengths = tuple(each[-1].end for each in spans)
+    info = GroupInfo(
+        index=prompt.index,
+        prompt_id=prompt.prompt_id,
+        generator=name,
+        lengths=lengths,
+        spans=spans,
+        finish_reasons=("stop",) * len(spans),
+        nbytes=sum(lengths) * BYTES_PER_TOKEN,
+        seconds=seconds,
+    )
+    return Parcel(info=info, payload=FakeGroup(index=prompt.index, spans=spans))
 
 
 class FakeScorer:
@@ -232,7 +195,7 @@ class FakeScorer:
         self._restart_seconds = restart_seconds
         self._reward = reward
         self._faults = faults or Faults()
-        self._process = _Process(name)
+        self._process = Process(name)
         self._calls = 0
 
     async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
@@ -250,7 +213,7 @@ class FakeScorer:
             raise error_of(fault, self.name)
         self.scored.append(group.info.index)
         rewards = (self._reward(group.info.index),) * len(group.info.lengths)
-        info = ScoredInfo(group=group.info, rewards=rewards, seconds=seconds)
+        info = ScoredInfo(group=group.info, rewards=rewards, seconds=seconds, scorer=self.name)
         return Parcel(info=info, payload=group.payload)
 
     async def restart(self) -> None:
@@ -260,7 +223,7 @@ class FakeScorer:
         await asyncio.sleep(self._restart_seconds())
         if fault is not None:
             raise error_of(fault, self.name)
-        self._process = _Process(self.name)
+        self._process = Process(self.name)
 
     async def close(self) -> None:
         self._process.die()
@@ -304,9 +267,9 @@ class FakeLearner:
         self._fail = fail
         self._metrics = metrics
 
-    async def learn(self, payloads: Sequence[Any]) -> StepReport:
+    async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
         for group in payloads:
-            self.trained.append(self._look_at(group))
+            self.trained.append(self._look_at(group, oldest))
         await asyncio.sleep(self._seconds())
         if self.step + 1 == self._fail:
             raise LearnerFailed("scripted failure of the learner")
@@ -317,8 +280,9 @@ class FakeLearner:
             step=self.step, version=self.version, skipped=skipped, metrics=self._metrics()
         )
 
-    def _look_at(self, group: FakeGroup) -> Trained:
-        ages = {self.version - span.version for spans in group.spans for span in spans}
+    def _look_at(self, group: FakeGroup, oldest: int) -> Trained:
+        versions = {span.version for spans in group.spans for span in spans}
+        ages = {self.version - version for version in versions if version >= oldest}
         return Trained(
             index=group.index,
             step=self.step + 1,

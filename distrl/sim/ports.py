@@ -1,8 +1,8 @@
-"""A prompt source without text, and checkpoints of which only the state is kept in memory."""
+"""A prompt source without text, checkpoints of which only the state is kept, rows in a list."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,20 @@ class MemoryCheckpoints:
     def commit(self, step: int, state: Mapping[str, Any]) -> Path:
         self.states[step] = dict(state)
         return self.folder / f"step_{step:06d}"
+
+
+class Rows:
+    """A metrics sink: the row of every step, in order."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self.rows.append((step, dict(values)))
+
+    def table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Tables are for people; nobody reads a simulation's."""
+
+    def close(self) -> None: ...

@@ -31,7 +31,8 @@ class Faults:
     """The n-th call of a kind (from 1, over the fake's whole life) and what befalls it.
 
     `work` are generate or score calls, `load` and `restart` those. `rate` is the chance of any
-    other work call to fail, and `death_rate` of it to kill the worker, drawn from `seed`.
+    other work call to fail, `death_rate` of it to kill the worker and `hang_rate` of it to hang,
+    drawn from `seed`.
     """
 
     work: Mapping[int, Fault] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Faults:
     restart: Mapping[int, Fault] = field(default_factory=dict)
     rate: float = 0.0
     death_rate: float = 0.0
+    hang_rate: float = 0.0
     seed: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
     _random: random.Random | None = None
@@ -47,13 +49,22 @@ class Faults:
         """Count one call of `kind` and say what befalls it."""
         self._calls[kind] = call = self._calls.get(kind, 0) + 1
         fault = {"work": self.work, "load": self.load, "restart": self.restart}[kind].get(call)
-        if fault is not None or kind != "work" or not (self.rate or self.death_rate):
+        if fault is not None or kind != "work":
             return fault
+        rates: tuple[tuple[Fault, float], ...] = (
+            ("die", self.death_rate),
+            ("hang", self.hang_rate),
+            ("fail", self.rate),
+        )
+        if not any(rate for _, rate in rates):
+            return None
         self._random = self._random or random.Random(self.seed)
         chance = self._random.random()
-        if chance < self.death_rate:
-            return "die"
-        return "fail" if chance < self.death_rate + self.rate else None
+        for fault, rate in rates:
+            chance -= rate
+            if chance < 0:
+                return fault
+        return None
 
 
 def error_of(fault: Fault, name: str) -> RoleError:

@@ -13,6 +13,8 @@ import pytest
 
 from distrl.config import DriverConfig
 from distrl.driver import Driver, Start, Summary
+from distrl.driver.ledger import FileLedger, Ledger
+from distrl.driver.ledger_file import LedgerFile
 from distrl.metrics import ListSink
 from distrl.sim import (
     CountingSource,
@@ -39,6 +41,7 @@ class World:
     summary: Summary | None = None
     driver: Driver | None = None
     hook: Any = None
+    ledger: Path | None = None
 
     def run(self, during: Callable[[Driver], Awaitable[None]] | None = None) -> World:
         """Run to the end on a virtual clock; `during` runs beside it. Fails on leftover tasks."""
@@ -46,6 +49,8 @@ class World:
         return self
 
     async def _run(self, during: Callable[[Driver], Awaitable[None]] | None) -> None:
+        clock = asyncio.get_running_loop().time
+        ledger = self._ledger(clock)
         self.driver = Driver(
             self.config,
             source=self.source,
@@ -56,9 +61,10 @@ class World:
             checkpoints=self.checkpoints,
             samples_per_prompt=2,
             start=self.start,
-            clock=asyncio.get_running_loop().time,
+            clock=clock,
             on_rollouts=self.hook,
             extra_state={"wandb_id": "abc"},
+            ledger=ledger,
         )
         beside = asyncio.ensure_future(during(self.driver)) if during else None
         try:
@@ -66,6 +72,13 @@ class World:
         finally:
             if beside is not None:
                 await beside
+            ledger.close()
+
+    def _ledger(self, clock: Callable[[], float]) -> Ledger:
+        if self.ledger is None:
+            return Ledger()
+        start = self.start or Start()
+        return FileLedger(LedgerFile(self.ledger, step=start.step, cursor=start.cursor), clock)
 
     @property
     def trained(self) -> list[int]:

@@ -12,7 +12,7 @@ from distrl.sim import Deadlock, run_virtual
 
 
 def admission(staleness=1, batch=3, wanted=100, room=lambda in_flight: True):
-    return Admission(prompts_per_step=batch, max_staleness=staleness, wanted=wanted, room=room)
+    return Admission(slots=(staleness + 1) * batch, wanted=wanted, room=room)
 
 
 @pytest.mark.parametrize(("staleness", "slots"), [(0, 3), (1, 6), (4, 15)])

@@ -9,18 +9,24 @@ import pytest
 
 from distrl.driver import DriverError
 from distrl.driver.buffer import BufferClosed, Landed, OrderedBuffer
-from distrl.records import GroupInfo, Parcel, ScoredInfo
+from distrl.records import GroupInfo, Parcel, ScoredInfo, VersionSpan
 from distrl.sim import run_virtual
 
 
 def landed(index, nbytes=10, oldest=0, newest=0, version=0):
+    spans = tuple(
+        (
+            VersionSpan(version=oldest, start=0, end=1),
+            VersionSpan(version=newest, start=1, end=length),
+        )
+        for length in (3, 5)
+    )
     group = GroupInfo(
         index=index,
         prompt_id=f"p{index}",
         generator="g",
         lengths=(3, 5),
-        oldest_version=oldest,
-        newest_version=newest,
+        spans=spans,
         finish_reasons=("stop", "length"),
         nbytes=nbytes,
         seconds=1.0,

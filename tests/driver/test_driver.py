@@ -73,7 +73,7 @@ def test_lockstep_deals_an_uneven_batch(world):
 
 def test_work_goes_to_the_least_loaded_generator(world):
     slow, fast = FakeGenerator("slow", seconds=fixed(8.0)), FakeGenerator("fast")
-    world(max_staleness=2, steps=10, generators=[slow, fast]).run()
+    world(max_staleness=2, steps=30, generators=[slow, fast]).run()
     assert len(fast.served) > 1.5 * len(slow.served)
 
 
@@ -234,7 +234,7 @@ def test_weights_that_the_learner_refuses_to_publish_end_the_run(world):
 def test_a_learner_that_counts_otherwise_is_stopped(world, report):
     run = world()
 
-    async def learn(payloads):
+    async def learn(payloads, *, oldest=0):
         return StepReport(step=report[0], version=report[1], skipped=False, metrics={})
 
     run.learner.learn = learn

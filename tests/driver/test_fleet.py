@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
-from distrl.driver.fleet import Fleet, GroupLost
+from distrl.driver.fleet import Fleet, GroupLost, Shortlist, Worker
 from distrl.driver.generators import Generators
 from distrl.roles import RoleError, WorkerDied
 from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed, run_virtual
 
 
-def nobody(name: str) -> None:
-    """Ignores who has the work."""
+class Nobody:
+    """Does not care how the work goes."""
+
+    def held_by(self, name):
+        pass
+
+    def failed(self, name, error):
+        pass
 
 
 class Echo:
@@ -34,7 +41,8 @@ def fleet(*roles, max_restarts=3, tries=3):
     spawned = []
 
     def spawn(work):
-        spawned.append(asyncio.ensure_future(work))
+        spawned.append(asyncio.create_task(work))
+        return spawned[-1]
 
     return Fleet("echo", roles, max_restarts=max_restarts, tries=tries, spawn=spawn)
 
@@ -80,7 +88,7 @@ def test_tries_move_between_workers_and_the_last_error_is_the_reason():
             raise RoleError(f"no {len(asked)}")
 
         with pytest.raises(GroupLost, match="echo: RoleError: no 3"):
-            await echoes.do(fails, holder=nobody)
+            await echoes.do(fails, witness=Nobody())
         assert asked == ["e0", "e1", "e0"]
         assert echoes.retries == 2
 
@@ -96,7 +104,7 @@ def test_a_cancelled_call_is_not_tried_again():
             calls.append(role)
             await asyncio.sleep(100)
 
-        work = asyncio.ensure_future(echoes.do(sleeps, holder=nobody))
+        work = asyncio.ensure_future(echoes.do(sleeps, witness=Nobody()))
         await asyncio.sleep(1)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -148,3 +156,54 @@ def test_a_restarting_generator_loads_what_was_published_meanwhile():
             assert role.loaded == [0, 0, 1] and len(generators.usable()) == 1
 
     run_virtual(main())
+
+
+def test_work_goes_where_the_fewest_tokens_are_in_flight():
+    async def main():
+        echoes = fleet(*(Echo(f"e{i}") for i in range(3)))
+        asked = []
+
+        async def lasts(role, seconds):
+            asked.append(role.name)
+            await asyncio.sleep(seconds)
+
+        def give(load, seconds):
+            work = echoes.do(lambda role: lasts(role, seconds), witness=Nobody(), load=load)
+            return asyncio.ensure_future(work)
+
+        tasks = []
+        for load, seconds in ((9, 100), (5, 2), (7, 100), (3, 100)):
+            tasks.append(give(load, seconds))
+            await asyncio.sleep(0.001)
+        assert asked == ["e0", "e1", "e2", "e1"]  # e1 has 5 tokens, then 8
+        await asyncio.sleep(3)  # e1 is rid of its 5
+        tasks.append(give(1, 1))
+        await asyncio.sleep(1)
+        assert asked[-1] == "e1"
+        await asyncio.gather(*tasks)
+        assert [worker.load for worker in echoes.workers] == [0, 0, 0]
+
+    run_virtual(main())
+
+
+def test_the_shortlist_agrees_with_a_search_through_all():
+    rng = random.Random(0)
+    workers = [Worker(Echo(f"e{i}")) for i in range(20)]
+    shortlist = Shortlist()
+    shortlist.renew(workers)
+    for _ in range(5000):
+        worker = rng.choice(workers)
+        if rng.random() < 0.1:
+            worker.state = "up" if worker.state == "retired" else "retired"
+        else:
+            worker.load = rng.randrange(10)
+        shortlist.push(worker)
+        but = rng.choice([None, *workers])
+        up = [w for w in workers if w.state == "up"]
+        best = min((w.load for w in up if w is not but), default=None)
+        found = shortlist.least(lambda w: w.state == "up", but)
+        if best is None:
+            assert found is (but if but in up else None)
+        else:
+            assert found is not None and found is not but
+            assert found.state == "up" and found.load == best

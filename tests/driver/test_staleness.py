@@ -7,18 +7,28 @@ import pytest
 from distrl.driver import StalenessBreach
 from distrl.driver.buffer import Landed
 from distrl.driver.row import batch_row, staleness_row
-from distrl.driver.staleness import Age, check_ages
-from distrl.records import GroupInfo, Parcel, ScoredInfo
+from distrl.driver.staleness import Age, StalenessRule, check_ages
+from distrl.records import GroupInfo, Parcel, ScoredInfo, VersionSpan
+
+
+def never(bound):
+    return StalenessRule(bound=bound, on_stale=None)
 
 
 def landed(lengths, rewards, oldest, newest, version):
+    spans = tuple(
+        (
+            VersionSpan(version=oldest, start=0, end=1),
+            VersionSpan(version=newest, start=1, end=length),
+        )
+        for length in lengths
+    )
     group = GroupInfo(
         index=3,
         prompt_id="p3",
         generator="g1",
         lengths=lengths,
-        oldest_version=oldest,
-        newest_version=newest,
+        spans=spans,
         finish_reasons=("stop",) * (len(lengths) - 1) + ("length",),
         nbytes=10,
         seconds=2.0,
@@ -30,15 +40,15 @@ def landed(lengths, rewards, oldest, newest, version):
 
 def test_age_is_counted_from_the_oldest_token():
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6)]
-    assert check_ages(batch, 7, 3) == [Age(in_flight=2, in_buffer=1)]
+    assert check_ages(batch, 7, never(3)) == [Age(in_flight=2, in_buffer=1)]
     with pytest.raises(StalenessBreach, match=r"group 3 .* version 4 at a learner of version 7"):
-        check_ages(batch, 7, 2)
+        check_ages(batch, 7, never(2))
 
 
 def test_a_token_from_the_future_is_a_breach():
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=5)]
     with pytest.raises(StalenessBreach, match="has not published"):
-        check_ages(batch, 5, 3)
+        check_ages(batch, 5, never(3))
 
 
 def test_rows_by_hand():
@@ -46,13 +56,14 @@ def test_rows_by_hand():
         landed((1, 3), (0.0, 1.0), oldest=4, newest=4, version=4),
         landed((6, 6), (2.0, 5.0), oldest=6, newest=6, version=6),
     ]
-    row = staleness_row(batch, check_ages(batch, 6, 2), 2)
+    row = staleness_row(batch, check_ages(batch, 6, never(2)), 2)
     assert row == {
         "staleness/max": 2,
         "staleness/mean": 0.5,  # 4 tokens of age 2, 12 of age 0
         "staleness/hist": [12, 0, 4],
         "staleness/in_flight": 0.0,
         "staleness/in_buffer": 0.5,
+        "staleness/masked_tokens": 0,
     }
     row = batch_row(batch, consumed_s=5.0)
     assert row["reward/mean"] == 2.0

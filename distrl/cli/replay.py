@@ -1,0 +1,65 @@
+"""`distrl replay RUN`: the recorded batches again, to the same weights."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from distrl.actors.launch import learner_spec
+from distrl.checkpoint import RunDir
+from distrl.cli.options import merged, validated
+from distrl.cli.stages import policy_folder, reward_model_folder
+from distrl.config import Config, ConfigError, read_yaml
+from distrl.learn.record import length, recorded
+from distrl.learn.replay import replay
+from distrl.metrics import stage_progress
+
+DIFFERS = 1
+"""Exit status where the weights came out otherwise."""
+
+
+def run(about: str, argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distrl replay",
+        description=f"{about}: the batches that the learner was given, in order, to a new learner "
+        "that starts as that one did. On a CPU the weights must come out equal to the bit after "
+        "every step. Exit status 0 only where they do.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, as runs/demo")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step")
+    options = parser.parse_args(argv)
+    directory = RunDir(options.run.resolve())
+    config = config_of(directory)
+    next(recorded(directory.recording))  # a clear error before the models are loaded
+    total = min(length(directory.recording), options.until or 10**9)
+    with (
+        tempfile.TemporaryDirectory(prefix="distrl-replay-") as scratch,
+        stage_progress("Replay", total) as tick,
+    ):
+        spec = learner_spec(
+            config, policy_folder(config), reward_model_folder(config), Path(scratch)
+        )
+        done = replay(
+            spec,
+            directory.recording,
+            options.until,
+            lambda step, equal: tick(step, {"equal": float(equal)}),
+        )
+    if done.differs is not None:
+        print(
+            f"step {done.differs} differs: its weights have the digest\n  {done.found} instead of\n"
+            f"  {done.expected}\nThe steps before it are equal to the bit. Is it the same machine "
+            "and torch, with as many threads (learn.cpus)?"
+        )
+        return DIFFERS
+    print(f"{done.steps} steps, weights equal to the bit after each; the last: {done.found}")
+    return 0
+
+
+def config_of(directory: RunDir) -> Config:
+    """The configuration that a run was made with, wherever its directory lies now."""
+    if not directory.config.exists():
+        raise ConfigError(f"{directory.path} has no config.yaml; is it a run directory?")
+    here = {"run": {"root": str(directory.path.parent), "name": directory.path.name}}
+    return validated(merged(read_yaml(directory.config), here))

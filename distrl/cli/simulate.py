@@ -1,0 +1,198 @@
+"""`distrl simulate`: the production driver on a virtual clock, at any size, in seconds."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from distrl.checkpoint import RunDir
+from distrl.cli.help import print_help
+from distrl.cli.options import merged, parse, validated
+from distrl.config import Config, ConfigError, read_yaml
+from distrl.driver.audit import Audit, audit
+from distrl.sim.fit import fitted
+from distrl.sim.simulate import Outcome, simulate
+
+SHORT = {
+    "generators": "generate.workers",
+    "scorers": "score.workers",
+    "max_staleness": "driver.max_staleness",
+}
+"""Names that --sweep takes besides dotted ones."""
+
+USAGE = """\
+distrl simulate [--from RUN] [--sweep NAME=V1,V2,...]... [--out DIR] [--no-audit] [settings]
+
+The production driver, buffer, staleness rules and ledger run on a virtual clock, over generators,
+scorers and a learner that only pass the time: hours of a thousand generators take seconds.
+
+  --from RUN        take configuration and durations from a real run
+  --sweep NAME=...  run once for each value (of each combination, where given more than once);
+                    NAME is a setting, or generators, scorers, max_staleness
+  --out DIR         write simulate.json and simulate.png there (default: runs/simulate)
+  --no-audit        keep no ledger, and do not audit it at the end
+
+Settings, with those of section 'simulate' saying how long things take:
+"""
+
+
+def run(about: str, argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        print_help("simulate", about)
+        return 0
+    own, rest = _own_options().parse_known_args(argv)
+    base = _config(own.source, rest)
+    if parse("simulate", about, rest).dry_run:
+        print(yaml.safe_dump(base, sort_keys=False))
+        return 0
+    points = list(_points(own.sweep))
+    results = []
+    for point in track(points, "simulating", disable=len(points) < 2):
+        config = validated(merged(base, _nested(point)))
+        results.append((point, *_run(config, audited=own.audit)))
+    _show(results, Console())
+    _write(own.out, results)
+    return 0 if all(report is None or report.holds for _, _, report in results) else 1
+
+
+def _own_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distrl simulate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--from", dest="source", type=Path)
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--out", type=Path, default=Path("runs/simulate"))
+    parser.add_argument("--no-audit", dest="audit", action="store_false")
+    return parser
+
+
+def _config(source: Path | None, argv: list[str]) -> dict[str, Any]:
+    """Defaults, then the run's own configuration with its durations, then the command line."""
+    if source is None:
+        return parse("simulate", "", argv).config.model_dump(mode="json")
+    directory = RunDir(source)
+    if not directory.config.exists():
+        raise ConfigError(f"{source} has no config.yaml; --from takes a run directory")
+    theirs = validated(read_yaml(directory.config))
+    model = fitted(directory.ledger, directory.metrics, theirs.simulate)
+    values = theirs.model_dump(mode="json") | {"simulate": model.model_dump(mode="json")}
+    given = parse("simulate", "", argv, beneath=values)
+    return given.config.model_dump(mode="json")
+
+
+def _points(sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every combination of the swept values, by dotted name."""
+    axes = []
+    for sweep in sweeps:
+        name, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"--sweep {sweep}: should be NAME=V1,V2,...")
+        axes.append([(SHORT.get(name, name), yaml.safe_load(v)) for v in values.split(",")])
+    for combination in itertools.product(*axes):
+        yield dict(combination)
+
+
+def _nested(point: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} becomes {"a": {"b": 1}}."""
+    out: dict[str, Any] = {}
+    for name, value in point.items():
+        tree: dict[str, Any] = {}
+        inner = tree
+        *sections, field = name.split(".")
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[field] = value
+        out = merged(out, tree)
+    return out
+
+
+def _run(config: Config, *, audited: bool) -> tuple[Outcome, Audit | None]:
+    if not (audited and config.driver.ledger):
+        return simulate(config), None
+    with tempfile.TemporaryDirectory(prefix="distrl-simulate-") as folder:
+        ledger, metrics = Path(folder) / "ledger.sqlite", Path(folder) / "metrics.jsonl"
+        outcome = simulate(config, ledger)
+        metrics.write_text(
+            "".join(f"{json.dumps({'step': n, **row})}\n" for n, row in outcome.rows)
+        )
+        return outcome, audit(ledger, metrics)
+
+
+def _show(results: list[tuple[dict[str, Any], Outcome, Audit | None]], console: Console) -> None:
+    names = list(results[0][0])
+    table = Table(title="Simulated runs", caption="idle and ages in %; ages of tokens, in versions")
+    for column in (*names, "samples/s", "tokens/s"):
+        table.add_column(column, justify="right")
+    for column in ("idle generators", "idle scorers", "idle learner", "ages", "wasted", "audit"):
+        table.add_column(column, justify="right")
+    for point, outcome, report in results:
+        table.add_row(
+            *(str(point[name]) for name in names),
+            f"{outcome.samples_per_second:,.1f}",
+            f"{outcome.tokens_per_second:,.0f}",
+            *(f"{100 * outcome.idle[role]:.0f}" for role in ("generators", "scorers", "learner")),
+            " ".join(f"{age}:{100 * share:.0f}" for age, share in outcome.ages.items()),
+            f"{outcome.wasted_tokens:,}",
+            "-" if report is None else "holds" if report.holds else "BROKEN",
+        )
+    console.print(table)
+    for point, outcome, report in results:
+        if len(results) == 1 or outcome.restarts or outcome.drops:
+            console.print(
+                f"{point or 'run'}: {outcome.steps} steps in {outcome.seconds:,.1f} virtual "
+                f"seconds ({outcome.real_s:.1f} real), {outcome.drops} drops, "
+                f"{outcome.retries} retries, {outcome.restarts} restarts"
+            )
+        for finding in () if report is None else report.findings:
+            if not finding.holds:
+                console.print(f"{finding.promise}: {finding.offenders[:3]}", style="red")
+
+
+def _write(out: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    body = [
+        {"point": point, **_figures(outcome), "audit": report.holds if report else None}
+        for point, outcome, report in results
+    ]
+    (out / "simulate.json").write_text(json.dumps(body, indent=1))
+    print(f"figures: {out / 'simulate.json'}")
+    if len(results) > 1:
+        _plot(out / "simulate.png", results)
+        print(f"picture: {out / 'simulate.png'}")
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name, value in asdict(outcome).items() if name != "rows"}
+
+
+def _plot(path: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]]) -> None:
+    """Samples/s against the last swept name, a line for each value of the others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    *others, axis = list(results[0][0])
+    lines: dict[str, list[tuple[Any, float]]] = {}
+    for point, outcome, _ in results:
+        label = ", ".join(f"{name.split('.')[-1]} {point[name]}" for name in others)
+        lines.setdefault(label, []).append((point[axis], outcome.samples_per_second))
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for label, line in lines.items():
+        axes.plot(*zip(*line, strict=True), marker="o", label=label or None)
+    axes.set(xlabel=axis, ylabel="samples/s")
+    axes.set_ylim(bottom=0)
+    if others:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

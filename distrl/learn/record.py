@@ -1,0 +1,136 @@
+"""What a learner was given, step by step, and what became of its weights: for a replay.
+
+    recording/step_000007.safetensors    the batch as tensors; its metadata has the digest of
+                                         policy and critic after that step
+
+A learner's step depends on its state and its batch alone, so the batches and the state at the
+start give back every later state, on a CPU to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from distrl.learn.experience import Experience
+
+log = logging.getLogger(__name__)
+
+SMALL = 20_000_000
+"""Parameters of a policy up to which recording is on by itself."""
+
+_STEP = re.compile(r"step_(\d{6,})\.safetensors")
+
+
+class BadRecording(Exception):
+    """A recording is missing or cannot be read; the message says what and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """One step: its number, what the learner was given (tokens of versions before `oldest` were
+    left out of the gradient), and the weights' digest after it."""
+
+    step: int
+    batch: Experience
+    oldest: int
+    digest: str
+
+
+class Recorder:
+    """Keeps steps in `folder` until they fill `max_bytes`; None: keeps nothing."""
+
+    def __init__(self, folder: Path | None, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._bytes = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._bytes = sum(path.stat().st_size for path in folder.iterdir())
+
+    def keep(self, step: int, batch: Experience, oldest: int, *modules: nn.Module) -> None:
+        """Record a step after it was taken. A full recording stays as it is."""
+        if self._folder is None:
+            return
+        nbytes = sum(tensor.nbytes for tensor in vars(batch).values())
+        if self._bytes + nbytes > self._max_bytes:
+            log.warning("recording ends before step %d: learn.record_mib is used up", step)
+            self._folder = None
+            return
+        path = _path(self._folder, step)
+        temporary = path.with_suffix(".tmp")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(batch).items()}
+        meta = {"step": str(step), "oldest": str(oldest), "digest": digest(*modules)}
+        save_file(tensors, temporary, meta)
+        temporary.replace(path)
+        self._bytes += path.stat().st_size
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`: they are taken anew."""
+        for number, path in _steps(self._folder) if self._folder is not None else ():
+            if number > step:
+                self._bytes -= path.stat().st_size
+                path.unlink()
+
+
+def recorded(folder: Path) -> Iterator[Recorded]:
+    """The steps of a recording from 1 on, in order. Raises BadRecording at a gap."""
+    steps = dict(_steps(folder)) if folder.is_dir() else {}
+    if not steps:
+        raise BadRecording(
+            f"{folder} has no recorded step; runs record themselves where the policy is small "
+            "(up to 20 M parameters) or learn.record=true"
+        )
+    for step in range(1, max(steps) + 1):
+        if step not in steps:
+            raise BadRecording(f"{folder} has no step {step}, though there are later ones")
+        yield _load(steps[step], step)
+
+
+def length(folder: Path) -> int:
+    """The last recorded step; 0 where there is none."""
+    return max((step for step, _ in _steps(folder)), default=0) if folder.is_dir() else 0
+
+
+def digest(*modules: nn.Module) -> str:
+    """SHA-256 of all weights, in the modules' own order."""
+    whole = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            whole.update(name.encode())
+            flat = tensor.detach().cpu().reshape(-1).contiguous()
+            whole.update(flat.view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _load(path: Path, step: int) -> Recorded:
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            batch = Experience(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return Recorded(
+                step=int(meta["step"]),
+                batch=batch,
+                oldest=int(meta["oldest"]),
+                digest=meta["digest"],
+            )
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise BadRecording(f"{path} of step {step} cannot be read: {error}") from None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.safetensors"
+
+
+def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in sorted(folder.iterdir()):
+        if match := _STEP.fullmatch(path.name):
+            yield int(match[1]), path

@@ -1,0 +1,107 @@
+"""Whole simulated runs: promises kept, the same seed the same trace, sizes that no machine has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from distrl.config import Config
+from distrl.driver.audit import audit
+from distrl.driver.ledger_file import open_to_read
+from distrl.sim.fit import NoTimings, fitted
+from distrl.sim.simulate import simulate
+
+
+def config(**sections):
+    base = {
+        "driver": {"steps": 12, "prompts_per_step": 8, "max_staleness": 1},
+        "generate": {"workers": 2, "samples_per_prompt": 4, "max_num_seqs": 32},
+    }
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
+    return Config.model_validate(merged)
+
+
+def same(outcome):
+    return replace(outcome, real_s=0.0)
+
+
+def test_the_same_seed_gives_the_same_trace(tmp_path):
+    faulty = config(simulate={"death_rate": 0.02, "fail_rate": 0.05, "seed": 3})
+    outcomes = [simulate(faulty, tmp_path / name) for name in ("a", "b")]
+    assert same(outcomes[0]) == same(outcomes[1])
+    traces = []
+    for name in ("a", "b"):
+        with open_to_read(tmp_path / name) as db:
+            tables = ("attempts", "samples", "trainings", "events")
+            traces.append([db.execute(f"SELECT * FROM {table}").fetchall() for table in tables])
+    assert traces[0] == traces[1]
+    other = faulty.model_copy(update={"simulate": faulty.simulate.model_copy(update={"seed": 4})})
+    assert same(simulate(other)) != same(outcomes[0])
+
+
+def test_lockstep_leaves_each_side_idle_while_the_other_works():
+    lock = simulate(config(driver={"max_staleness": 0}))
+    ahead = simulate(config(driver={"max_staleness": 1}))
+    assert lock.ages == {0: 1.0}
+    assert set(ahead.ages) <= {0, 1}
+    assert ahead.samples_per_second > 1.1 * lock.samples_per_second
+    # One of the two works, or neither (scores and weights are under way).
+    assert 1.0 <= lock.idle["learner"] + lock.idle["generators"] < 1.3
+
+
+def test_a_slow_learner_idles_the_generators_and_the_other_way_round():
+    slow_learner = simulate(config(simulate={"learn_s": 20.0}))
+    assert slow_learner.idle["learner"] < 0.1 < slow_learner.idle["generators"]
+    slow_engine = simulate(config(simulate={"iteration_s": 1.0}))
+    assert slow_engine.idle["generators"] < 0.25 < slow_engine.idle["learner"]
+
+
+def test_faults_cost_time_and_no_promise(tmp_path):
+    """Deaths, hangs, failures and slow generators: the audit holds."""
+    run = config(
+        driver={"steps": 30, "max_staleness": 2, "max_restarts": 1000},
+        generate={"workers": 6, "request_timeout_s": 50},
+        simulate={
+            "death_rate": 0.02, "fail_rate": 0.05, "hang_rate": 0.01, "slow_rate": 0.3,
+            "restart_s": 5,
+        },
+    )  # fmt: skip
+    outcome = simulate(run, tmp_path / "ledger.sqlite")
+    assert outcome.restarts > 0 and outcome.retries > 0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 31)))
+    report = audit(tmp_path / "ledger.sqlite", metrics)
+    assert report.holds, report.findings
+    assert max(outcome.ages) <= 2
+
+
+def test_what_was_simulated_is_found_again_by_the_fit(tmp_path):
+    """A run simulated with known durations; the fit reads them off its ledger and metrics."""
+    truth = {
+        "iteration_s": 0.02, "sequence_s": 0.001, "learn_s": 0.2, "learn_token_s": 0.002,
+        "score_s": 0.05, "score_token_s": 1e-4, "publish_s": 0.05, "load_s": 0.05, "jitter": 0.0,
+    }  # fmt: skip
+    run = config(driver={"steps": 30, "max_staleness": 2}, generate={"workers": 1}, simulate=truth)
+    outcome, rows = simulate(run, tmp_path / "ledger.sqlite"), []
+    rows = outcome.rows
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": n, **row}) + "\n" for n, row in rows))
+    model = fitted(tmp_path / "ledger.sqlite", metrics, run.simulate)
+    assert model.iteration_s == pytest.approx(0.02, rel=0.25)
+    assert model.sequence_s == pytest.approx(0.001, rel=0.25)
+    assert model.learn_s == pytest.approx(0.2, rel=0.05)
+    assert model.learn_token_s == pytest.approx(0.002, rel=0.05)
+    again = simulate(run.model_copy(update={"simulate": model}))
+    assert again.samples_per_second == pytest.approx(outcome.samples_per_second, rel=0.05)
+
+
+def test_a_run_without_times_is_refused(tmp_path):
+    simulate(config(driver={"steps": 2}), tmp_path / "ledger.sqlite")
+    metrics = tmp_path / "metrics.jsonl"
+    with pytest.raises(NoTimings, match="is this a run directory"):
+        fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
+    metrics.write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(NoTimings, match="no times of steps"):
+        fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
