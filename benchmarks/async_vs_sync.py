@@ -14,7 +14,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from common import ROOT, distrl, metrics, report, total
+from common import ROOT, metrics, report, total, train_on
 
 WARM_UP = 2
 LAST = 5
@@ -52,14 +52,7 @@ def main() -> None:
 def _run(source: Path, steps: int, seed: int, *, staleness: int) -> list[dict[str, float]]:
     """One training run from the finished stages of `source`; its rows after the warm-up."""
     name = f"benchmark-staleness{staleness}-{seed}"
-    distrl(
-        "train", "--preset", "demo", "--fresh", "--run.name", name, "--run.seed", str(seed),
-        "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
-        "--score.parts", f'[{{"name": "human", "model": "{source / "reward-model" / "model"}"}}]',
-        "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
-        "--driver.checkpoint_every", str(steps), "--no-metrics.wandb",
-    )  # fmt: skip
-    return metrics(ROOT / "runs" / name)[WARM_UP:]
+    return metrics(train_on(source, name, steps=steps, staleness=staleness, seed=seed))[WARM_UP:]
 
 
 def _final_reward(rows: list[dict[str, float]]) -> float:

@@ -27,6 +27,18 @@ def distrl(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "distrl.cli", *words], check=True, cwd=ROOT)
 
 
+def train_on(source: Path, name: str, *, steps: int, staleness: int | str, seed: int = 0) -> Path:
+    """PPO of the demo, from the finished stages of run `source`; the new run's directory."""
+    distrl(
+        "train", "--preset", "demo", "--fresh", "--run.name", name, "--run.seed", str(seed),
+        "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
+        "--score.parts", f'[{{"name": "human", "model": "{source / "reward-model" / "model"}"}}]',
+        "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
+        "--driver.checkpoint_every", str(steps), "--no-metrics.wandb",
+    )  # fmt: skip
+    return ROOT / "runs" / name
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

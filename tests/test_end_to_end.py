@@ -32,6 +32,7 @@ import pytest
 import yaml
 
 from distrl.checkpoint import Checkpoints
+from distrl.cli.main import main
 from distrl.metrics import read_jsonl, unknown_names
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -208,6 +209,33 @@ def test_a_generators_death_costs_no_prompt(survivor: Run) -> None:
     assert last["driver/drops"] == 0
 
 
+def test_the_ledger_proves_it(survivor: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The killed generator's groups were tried again, and the audit holds."""
+    assert main(["audit", str(survivor.folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["holds"] and len(report["findings"]) == 6
+    counts = report["counts"]
+    assert counts["trained"] == counts["committed"] == counts["prompts issued"] == 32
+    assert counts["attempts"] > 32 and report["retries"]
+
+
+def test_a_replay_gives_the_same_weights(survivor: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(survivor.folder)]) == 0
+    assert "8 steps, weights equal to the bit after each" in capsys.readouterr().out
+
+
+def test_a_simulation_can_be_fitted_to_it(
+    survivor: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--from", str(survivor.folder), "--out", str(tmp_path)]
+    assert main(["simulate", *words, "--sweep", "max_staleness=0,1"]) == 0
+    points = json.loads((tmp_path / "simulate.json").read_text())
+    assert [point["point"] for point in points] == [{"driver.max_staleness": n} for n in (0, 1)]
+    assert all(point["audit"] and point["samples_per_second"] > 0 for point in points)
+    assert (tmp_path / "simulate.png").exists()
+    assert "idle" in capsys.readouterr().out
+
+
 def test_metrics_are_known_and_within_bounds(survivor: Run) -> None:
     for row in survivor.rows():
         assert not unknown_names(row)
@@ -347,6 +375,8 @@ def test_resume_after_kill_9_and_a_damaged_checkpoint(
     ids = {json.loads(m.read_text())["state"]["wandb_id"] for m in manifests(resumed)}
     assert len(ids) == 1, "one W&B run"
     assert (resumed.folder / "policy" / "model.safetensors").exists()
+    assert main(["audit", str(resumed.folder)]) == 0, "rolled back, tried again, counted once"
+    assert main(["replay", str(resumed.folder)]) == 0, "through the kill and the resume"
     resumed.assert_nothing_left(within_s=10)
     killed.assert_nothing_left(within_s=60)  # by now the agents too
 

@@ -1,7 +1,8 @@
 """Handles: the driver's side of each actor, meeting the role protocols.
 
 Payloads stay behind object references: the driver awaits a group's metadata and hands
-the reference on, so tokens go from generator to scorer to learner without it.
+the reference on, so tokens go from generator to scorer to learner without it. Groups travel
+to and from generators and scorers in batches (`batching.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from distrl.actors.batching import Counter, packed
 from distrl.actors.process import node_id, tail
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 from distrl.roles import LearnerFailed, WorkerDied
@@ -88,7 +90,30 @@ class ActorHandle:
         return self.actor
 
 
-class GeneratorHandle(ActorHandle):
+class DeskHandle(ActorHandle):
+    """An actor with a `Desk`: asked for groups in batches."""
+
+    _counter: Counter | None = None
+
+    def counter(self) -> Counter:
+        """The counter of the actor as it is now. Raises WorkerDied where there is none."""
+        actor = self.running()
+        if self._counter is None:
+            self._counter = Counter(actor, self.take, self.alive)
+        return self._counter
+
+    async def take(self, batch: Sequence[tuple[int, Any]]) -> None:
+        """Send (ticket, question) pairs to the actor."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        await super().close()
+        if self._counter is not None:
+            self._counter.close()
+            self._counter = None
+
+
+class GeneratorHandle(DeskHandle):
     """The `Generator` role over an actor."""
 
     learner: LearnerHandle
@@ -108,12 +133,10 @@ class GeneratorHandle(ActorHandle):
                 path.unlink(missing_ok=True)
 
     async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
-        info, payload = self.running().generate.remote(prompt)
-        try:
-            return Parcel(info=await self.alive(info), payload=payload)
-        except asyncio.CancelledError:
-            ray.cancel(info)  # nobody waits any more: the engine need not go on
-            raise
+        return await self.counter().ask(prompt)
+
+    async def take(self, batch: Sequence[tuple[int, Prompt]]) -> None:
+        await self.alive(self.running().take.remote(batch))
 
     async def hold(self, groups: int) -> None:
         await self.alive(self.running().hold.remote(groups))
@@ -128,12 +151,16 @@ class GeneratorHandle(ActorHandle):
             await self.alive(actor.relay_weights.remote(weights, image))
 
 
-class ScorerHandle(ActorHandle):
+class ScorerHandle(DeskHandle):
     """The `Scorer` role over an actor."""
 
     async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
-        info, payload = self.running().score.remote(group.info, group.payload)
-        return Parcel(info=await self.alive(info), payload=payload)
+        return await self.counter().ask(group)
+
+    async def take(self, batch: Sequence[tuple[int, Parcel[GroupInfo]]]) -> None:
+        tickets = [(ticket, group.info) for ticket, group in batch]
+        where, batches = packed(group.payload for _, group in batch)
+        await self.alive(self.running().take.remote(tickets, where, *batches))
 
 
 class LearnerHandle(ActorHandle):
@@ -146,7 +173,8 @@ class LearnerHandle(ActorHandle):
         self._image: tuple[int, Any] | None = None
 
     async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
-        return await self._call(self.running().learn.remote(*payloads, oldest=oldest))
+        where, batches = packed(payloads)
+        return await self._call(self.running().learn.remote(where, oldest, *batches))
 
     async def publish(self) -> Weights:
         return await self._call(self.running().publish.remote())

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distrl.actors.cluster import Demand, demands, place, release
 from distrl.actors.handles import GeneratorHandle, LearnerHandle, ScorerHandle
-from distrl.actors.workers import GeneratorActor, LearnerActor, ScorerActor, remote
+from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec
 from distrl.learn.learner import LearnerSpec
@@ -87,6 +87,7 @@ class _Maker:
         self.wanted, self.groups, self.config = wanted, groups, config
         self.policy, self.logs = policy, logs
         self.recording = recording.resolve() if recording else None
+        self.mine, self.others = split_cores(config)
 
     def generator(self, place: int, learner: LearnerHandle) -> GeneratorHandle:
         config = self.config
@@ -101,7 +102,7 @@ class _Maker:
         actor = self._actor("generator", place, GeneratorActor, max_concurrency=MAX_CALLS)
         handle = GeneratorHandle(
             name,
-            lambda: actor.remote(name, spec, config.sync, self._log(name)),
+            lambda: actor.remote(name, spec, config.sync, self._log(name), self.others),
             self._log(name),
             config.generate.start_timeout_s,
         )
@@ -115,7 +116,9 @@ class _Maker:
         actor = self._actor("scorer", place, ScorerActor, max_concurrency=MAX_CALLS)
         return ScorerHandle(
             name,
-            lambda: actor.remote(name, config.score, self.policy, threads, self._log(name)),
+            lambda: actor.remote(
+                name, config.score, self.policy, threads, self._log(name), self.others
+            ),
             self._log(name),
             config.generate.start_timeout_s,
         )
@@ -126,7 +129,7 @@ class _Maker:
         actor = self._actor("learner", 0, LearnerActor)
         return LearnerHandle(
             "learner",
-            lambda: actor.remote(spec, self._log("learner")),
+            lambda: actor.remote(spec, self._log("learner"), self.mine),
             self._log("learner"),
             config.generate.start_timeout_s,
         )
@@ -167,6 +170,20 @@ def learner_spec(
         recording=recording,
         threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
     )
+
+
+def split_cores(config: Config) -> tuple[Cores, Cores]:
+    """The learner's cores, and everybody else's: on a machine of its own making where there are
+    enough for both, the last ones are the learner's alone. A step that shares its core with a
+    scorer and the engines' helpers takes a fifth longer."""
+    if config.learn.gpus or config.cluster.address is not None:
+        return None, None
+    there = sorted(os.sched_getaffinity(0))
+    learner = max(1, int(config.learn.cpus))
+    engines = config.generate.workers * max(1, int(config.generate.cpus))
+    if config.generate.gpus or learner + engines > len(there):
+        return None, None
+    return tuple(there[-learner:]), tuple(there[:-learner])
 
 
 def generator_cores(config: Config, place: int) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from distrl.actors.batching import Desk, Outcomes, unpacked
 from distrl.actors.process import log_to, node_id, shared_memory
 from distrl.config import ScoreConfig, SyncConfig
 from distrl.data.tokenizer import load_tokenizer
@@ -38,13 +40,18 @@ from distrl.sync.memory import SharedMemoryPublisher
 
 log = logging.getLogger(__name__)
 
+Cores = tuple[int, ...] | None
+"""CPU cores that a process keeps to, with all that it starts; None: any."""
+
 DEAD_ENGINE = 75
 """Exit status of an actor whose engine died."""
 
 
-def _begin(path: Path) -> None:
+def _begin(path: Path, cores: Cores = None) -> None:
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for the driver, which ends its actors in order
     log_to(path)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
@@ -52,10 +59,13 @@ def _begin(path: Path) -> None:
 class GeneratorActor:
     """`VLLMGenerator` in a process of its own; many calls at once."""
 
-    def __init__(self, name: str, spec: EngineSpec, sync: SyncConfig, log_path: Path) -> None:
-        _begin(log_path)
+    def __init__(
+        self, name: str, spec: EngineSpec, sync: SyncConfig, log_path: Path, cores: Cores = None
+    ) -> None:
+        _begin(log_path, cores)
         self.generator = VLLMGenerator(name, spec, sync)
         self.images = SharedMemoryPublisher()
+        self.desk = Desk()
         self.closing = False
 
     async def start(self) -> str:
@@ -65,8 +75,19 @@ class GeneratorActor:
     def shared_memory(self) -> list[Path]:
         return shared_memory()
 
+    async def take(self, batch: Sequence[tuple[int, Prompt]]) -> None:
+        """Begin to generate these; `give` brings them back."""
+        for ticket, prompt in batch:
+            self.desk.take(ticket, self._generate(prompt))
+
     @ray.method(num_returns=2)
-    async def generate(self, prompt: Prompt) -> tuple[GroupInfo, Rollout]:
+    async def give(self) -> tuple[Outcomes, list[Rollout]]:
+        return await self.desk.give()
+
+    async def drop(self, ticket: int) -> None:
+        self.desk.drop(ticket)
+
+    async def _generate(self, prompt: Prompt) -> tuple[GroupInfo, Rollout]:
         try:
             parcel = await self.generator.generate(prompt)
         except WorkerDied as error:
@@ -105,20 +126,43 @@ class ScorerActor:
     """`LocalScorer` in a process of its own; concurrent calls share forward passes."""
 
     def __init__(
-        self, name: str, config: ScoreConfig, policy: Path, threads: int | None, log_path: Path
+        self,
+        name: str,
+        config: ScoreConfig,
+        policy: Path,
+        threads: int | None,
+        log_path: Path,
+        cores: Cores = None,
     ) -> None:
-        _begin(log_path)
+        _begin(log_path, cores)
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
         self.scorer = LocalScorer(config, load_tokenizer(policy), name)
+        self.desk = Desk()
 
     async def start(self) -> str:
         return node_id()
 
+    async def take(
+        self,
+        batch: Sequence[tuple[int, GroupInfo]],
+        where: Sequence[tuple[int, int]],
+        *batches: Sequence[Rollout],
+    ) -> None:
+        """Begin to score these; `give` brings them back."""
+        for (ticket, info), rollout in zip(batch, unpacked(where, batches), strict=True):
+            self.desk.take(ticket, self._score(info, rollout))
+
     @ray.method(num_returns=2)
-    async def score(self, info: GroupInfo, rollout: Rollout) -> tuple[ScoredInfo, ScoredRollout]:
+    async def give(self) -> tuple[Outcomes, list[ScoredRollout]]:
+        return await self.desk.give()
+
+    async def drop(self, ticket: int) -> None:
+        self.desk.drop(ticket)
+
+    async def _score(self, info: GroupInfo, rollout: Rollout) -> tuple[ScoredInfo, ScoredRollout]:
         parcel = await self.scorer.score(Parcel(info=info, payload=rollout))
         return parcel.info, parcel.payload
 
@@ -129,15 +173,17 @@ class ScorerActor:
 class LearnerActor:
     """`PPOLearner` in a process of its own; one call at a time."""
 
-    def __init__(self, spec: LearnerSpec, log_path: Path) -> None:
-        _begin(log_path)
+    def __init__(self, spec: LearnerSpec, log_path: Path, cores: Cores = None) -> None:
+        _begin(log_path, cores)
         self.learner = PPOLearner(spec)
 
     def start(self) -> str:
         return node_id()
 
-    def learn(self, *groups: ScoredRollout, oldest: int = 0) -> StepReport:
-        return self.learner.learn(groups, oldest=oldest)
+    def learn(
+        self, where: Sequence[tuple[int, int]], oldest: int, *batches: Sequence[ScoredRollout]
+    ) -> StepReport:
+        return self.learner.learn(unpacked(where, batches), oldest=oldest)
 
     def publish(self) -> Weights:
         return self.learner.publish()

@@ -85,7 +85,9 @@ def _rows(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str]
 def _kind(annotation: Any) -> tuple[str, str]:
     """What stands for the value in the help, and the choices where there are some."""
     if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(a for a in get_args(annotation) if a is not type(None))
+        annotation, *others = (a for a in get_args(annotation) if a is not type(None))
+        if others:  # a number, or one of some words
+            return METAVARS[annotation], f" (or {', '.join(get_args(others[0]))})"
     if get_origin(annotation) is Literal:
         return "NAME", f" ({', '.join(get_args(annotation))})"
     if get_origin(annotation) is tuple:

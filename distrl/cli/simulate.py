@@ -51,7 +51,7 @@ def run(about: str, argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         print_help("simulate", about)
-        return 0
+        raise SystemExit(0)
     own, rest = _own_options().parse_known_args(argv)
     base = _config(own.source, rest)
     if parse("simulate", about, rest).dry_run:
@@ -131,7 +131,7 @@ def _run(config: Config, *, audited: bool) -> tuple[Outcome, Audit | None]:
 def _show(results: list[tuple[dict[str, Any], Outcome, Audit | None]], console: Console) -> None:
     names = list(results[0][0])
     table = Table(title="Simulated runs", caption="idle and ages in %; ages of tokens, in versions")
-    for column in (*names, "samples/s", "tokens/s"):
+    for column in (*(name.split(".")[-1] for name in names), "samples/s", "tokens/s"):
         table.add_column(column, justify="right")
     for column in ("idle generators", "idle scorers", "idle learner", "ages", "wasted", "audit"):
         table.add_column(column, justify="right")

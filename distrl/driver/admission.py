@@ -90,6 +90,13 @@ class Admission:
             count += 1
         return count
 
+    def resize(self, slots: int) -> None:
+        """From now on there are so many slots. What was admitted keeps its slot; until enough are
+        free, nothing is admitted. The proof counts slots at a group's admission only, so a group
+        is held to the lead that it was admitted under."""
+        self.capacity = slots
+        self.recheck()
+
     def landed(self) -> None:
         """A group reached the buffer. It keeps its slot."""
         self.in_flight -= 1

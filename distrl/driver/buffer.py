@@ -23,9 +23,11 @@ class BufferClosed(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Landed:
-    """A scored group, when it was admitted and landed, and the learner's version at landing."""
+    """A scored group, when it was admitted and landed, the staleness bound it was admitted under,
+    and the learner's version at landing."""
 
     parcel: Parcel[ScoredInfo]
+    bound: int
     admitted_s: float
     landed_s: float
     landed_version: int

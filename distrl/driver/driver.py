@@ -48,6 +48,7 @@ from typing import Any
 
 from distrl.config import DriverConfig
 from distrl.driver.admission import Admission
+from distrl.driver.auto import BoundController, FixedBound
 from distrl.driver.buffer import OrderedBuffer
 from distrl.driver.errors import Stalled
 from distrl.driver.fleet import Fleet
@@ -106,15 +107,16 @@ class Driver:
             window=config.window,
             ahead=start.ahead,
         )
+        control = _bound_of(config)
         self._admission = Admission(
-            slots=config.slots,
+            slots=config.slots_at(control.bound),
             wanted=max(0, config.steps - start.step) * batch,
             room=self._buffer.room,
         )
         self._ledger = ledger or Ledger()
         rule = StalenessRule(
-            bound=config.max_staleness,
-            on_stale=config.on_stale if config.steps_ahead > config.max_staleness else None,
+            bound=control.bound,
+            on_stale=config.on_stale if config.steps_ahead > config.largest_bound else None,
         )
         limits: dict[str, Any] = {
             "max_restarts": config.max_restarts,
@@ -150,6 +152,7 @@ class Driver:
             checkpoints=checkpoints,
             ledger=self._ledger,
             rule=rule,
+            control=control,
             start=start,
             clock=clock,
             on_rollouts=on_rollouts,
@@ -190,6 +193,24 @@ class Driver:
         self._generators.close()
         self._scorers.close()
 
+    def add_generator(self, generator: Generator) -> None:
+        """Let a started generator join the running driver: it loads the weights, then gets work.
+        Raises ValueError where one of its name is there."""
+        self._generators.join(generator)
+
+    def remove_generator(self, name: str) -> None:
+        """Let a generator leave: it ends what it has in flight, and may be closed then.
+        Raises ValueError where it is not up, or the last one."""
+        self._generators.leave(name)
+
+    def add_scorer(self, scorer: Scorer) -> None:
+        """Let a started scorer join the running driver. Raises ValueError likewise."""
+        self._scorers.join(scorer)
+
+    def remove_scorer(self, name: str) -> None:
+        """Let a scorer leave. Raises ValueError likewise."""
+        self._scorers.leave(name)
+
     async def _watch(self) -> None:
         """Raise Stalled when neither a group landed nor a step ended for too long."""
         limit = self._config.stall_timeout_s
@@ -221,6 +242,14 @@ class Driver:
             restarts=self._generators.restarts + self._scorers.restarts,
             seconds=seconds,
         )
+
+
+def _bound_of(config: DriverConfig) -> BoundController | FixedBound:
+    """What sets the staleness bound; one that is moved starts at 1."""
+    if config.max_staleness == "auto":
+        ceiling = config.staleness_ceiling
+        return BoundController(start=1, ceiling=ceiling, target=config.ess_target)
+    return FixedBound(config.max_staleness)
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

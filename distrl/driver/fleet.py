@@ -7,7 +7,8 @@ that was condemned (its process died, or it would not take on the weights) has e
 abandoned: whatever the old process might still deliver is never looked at.
 
 A worker is *up*, *recovering* (one task restarts it, at most `max_restarts` times in a run) or
-*retired*. When the last one retires, FleetExhausted ends the run and names every cause.
+*retired*. When the last one retires, FleetExhausted ends the run and names every cause. Workers
+may join a running fleet, and leave it: one that leaves ends what it has in flight.
 """
 
 from __future__ import annotations
@@ -227,6 +228,28 @@ class Fleet(Generic[R]):
         for task in worker.calls:
             task.cancel()
 
+    def join(self, role: R) -> None:
+        """A worker more: it is given work as soon as it is prepared. It must be started."""
+        if any(w.role.name == role.name and w.state != "retired" for w in self.workers):
+            raise ValueError(f"there is a {self._kind} {role.name} already")
+        worker = Worker(role, state="recovering")
+        self.workers.append(worker)
+        self._note(role.name, "joined", "")
+        self._spawn(self._welcome(worker))
+
+    def leave(self, name: str) -> None:
+        """A worker less: it gets no new work, and ends what it has in flight.
+
+        Raises ValueError where no worker of that name is up, or no other one is.
+        """
+        up = {worker.role.name: worker for worker in self.workers if worker.state == "up"}
+        if name not in up:
+            raise ValueError(f"no {self._kind} {name} is up; there are: {', '.join(up) or 'none'}")
+        if len(up) == 1:
+            raise ValueError(f"{name} is the last {self._kind} that is up; let another join first")
+        up[name].state = "retired"
+        self._note(name, "left", "")
+
     def close(self) -> None:
         """The run is ending: a worker that dies now is nobody's loss."""
         self._closed = True
@@ -253,6 +276,16 @@ class Fleet(Generic[R]):
         """Let it be found by those who look for a worker."""
         self._shortlist.push(worker)
         self._changed.set()
+
+    async def _welcome(self, worker: Worker[R]) -> None:
+        try:
+            await self.prepare(worker)
+        except RoleError as error:
+            worker.cause = error
+            await self._recover(worker)
+            return
+        worker.state = "up"
+        self._may_be_usable(worker)
 
     async def _recover(self, worker: Worker[R]) -> None:
         while worker.restarts < self._max_restarts:

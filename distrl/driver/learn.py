@@ -7,6 +7,7 @@ released only when every generator that may be given work holds the weights that
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from distrl.config import DriverConfig
 from distrl.driver.admission import Admission
+from distrl.driver.auto import BoundController, FixedBound
 from distrl.driver.buffer import BufferClosed, Landed, OrderedBuffer
 from distrl.driver.errors import OutOfStep
 from distrl.driver.ledger import Ledger, Step
@@ -25,6 +27,8 @@ from distrl.driver.state import LEARNER_FOLDER, Progress, Start
 from distrl.metrics.sinks import Sink
 from distrl.records import StepReport
 from distrl.roles import Learner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -41,6 +45,7 @@ class LearnLoop:
     checkpoints: CheckpointStore
     ledger: Ledger
     rule: StalenessRule
+    control: BoundController | FixedBound
     start: Start
     clock: Callable[[], float]
     on_rollouts: RolloutsHook | None
@@ -113,13 +118,14 @@ class LearnLoop:
         )
         row = {
             **batch_row(batch, consumed_s),
-            **staleness_row(batch, ages, self.rule.bound),
+            **staleness_row(batch, ages, self._bound_of(batch)),
             **duration_row(durations),
             **ahead,
             **self._driver_row(durations.step),
             **report.metrics,
         }
         self.sink.log(self.progress.step, row)
+        self._move_bound(report)
         await self._after(batch)
 
     def _count(self, batch: list[Landed], ages: list[Age], report: StepReport) -> None:
@@ -135,7 +141,7 @@ class LearnLoop:
                 number=due[0],
                 version=progress.version,
                 version_after=due[1],
-                bound=self.rule.bound,
+                bound=self._bound_of(batch),
             ),
             [landed.index for landed in batch],
             [age.masked for age in ages],
@@ -144,6 +150,18 @@ class LearnLoop:
         progress.samples += sum(len(landed.parcel.info.group.lengths) for landed in batch)
         progress.tokens += sum(sum(landed.parcel.info.group.lengths) for landed in batch)
         progress.moved_s = self.clock()
+
+    def _bound_of(self, batch: list[Landed]) -> int:
+        """The bound that a batch is held to: each group to the one it was admitted under."""
+        return max(landed.bound for landed in batch)
+
+    def _move_bound(self, report: StepReport) -> None:
+        cause = self.control.update(report.metrics.get("ppo/ess", 1.0))
+        if cause is not None:
+            self.rule.bound = self.control.bound
+            self.admission.resize(self.config.slots_at(self.control.bound))
+            self.ledger.event("driver", "max_staleness", cause)
+            logger.info("max_staleness %s", cause)
 
     async def _sync(self) -> None:
         """Publish, and load on every generator that is up."""

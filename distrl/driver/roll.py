@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import Lock
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +44,7 @@ class Ticket:
     Attributes:
         holder: who has it now.
         version: no token of it is of an older one.
+        bound: staleness bound that it was admitted under.
         began_s: when its present attempt was given to a generator.
         group: what was generated, once it was.
         doomed: it is too old for any gradient, and was given up.
@@ -51,6 +52,7 @@ class Ticket:
 
     prompt: Prompt
     admitted_s: float
+    bound: int
     version: int = 0
     began_s: float = 0.0
     holder: str = "the driver"
@@ -126,7 +128,7 @@ class Roller:
         self.tickets: dict[int, Ticket] = {}
         # In lockstep a scorer sees one group at a time: what shares a forward pass with it
         # would otherwise depend on who finished first, and with it the last bits of the reward.
-        self._turns = {id(worker.role): Lock() for worker in self.scorers.workers}
+        self._turns: defaultdict[int, Lock] = defaultdict(Lock)
 
     async def feed(self) -> None:
         """Admit prompts for ever, as slots and room allow."""
@@ -135,7 +137,7 @@ class Roller:
             prompts = [self._next_prompt() for _ in range(count)]
             firsts = await self._deal(count) if self.lockstep else [None] * count
             for prompt, first in zip(prompts, firsts, strict=True):
-                ticket = Ticket(prompt, self.clock())
+                ticket = Ticket(prompt, self.clock(), self.rule.bound)
                 self.tickets[prompt.index] = ticket
                 self.ledger.issued(prompt)
                 ticket.task = self.spawn(self._roll(ticket, first))
@@ -274,6 +276,7 @@ class Roller:
         self.buffer.put(
             Landed(
                 parcel=scored,
+                bound=ticket.bound,
                 admitted_s=ticket.admitted_s,
                 landed_s=now,
                 landed_version=self.progress.version,

@@ -65,6 +65,7 @@ def staleness_row(batch: Sequence[Landed], ages: Sequence[Age], max_staleness: i
     versions = np.array([age.versions for age in ages])
     hist = np.bincount(versions, weights=tokens, minlength=max_staleness + 1)
     return {
+        "staleness/bound": max_staleness,
         "staleness/max": int(versions.max()),
         "staleness/mean": float(np.average(versions, weights=tokens)),
         "staleness/hist": [int(count) for count in hist],

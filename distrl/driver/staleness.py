@@ -24,9 +24,12 @@ STALE = "too old"
 """Reason of a drop, in metrics and ledger."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class StalenessRule:
-    """The bound, and what happens to what is beyond it; None: nothing ever may be."""
+    """The bound, and what happens to what is beyond it; None: nothing ever may be.
+
+    The bound may move (`auto.py`): a group is held to the one that it was admitted under.
+    """
 
     bound: int
     on_stale: Literal["drop", "mask"] | None
@@ -76,7 +79,7 @@ def check_ages(batch: Sequence[Landed], version: int, rule: StalenessRule) -> li
 
 def _check(landed: Landed, version: int, rule: StalenessRule) -> Age:
     group = landed.parcel.info.group
-    oldest, masked, floor = group.oldest_version, 0, rule.floor(version)
+    oldest, masked, floor = group.oldest_version, 0, version - landed.bound
     if oldest < floor and rule.on_stale == "mask" and group.newest_version >= floor:
         masked = tokens_below(group, floor)
         oldest = min(s.version for spans in group.spans for s in spans if s.version >= floor)
@@ -84,7 +87,7 @@ def _check(landed: Landed, version: int, rule: StalenessRule) -> Age:
         raise StalenessBreach(
             f"group {group.index} (prompt {group.prompt_id!r}, {group.generator}) has a token of "
             f"version {oldest} at a learner of version {version}: older than "
-            f"max_staleness={rule.bound}. Admission should have made this impossible; please "
+            f"max_staleness={landed.bound}. Admission should have made this impossible; please "
             "report it with the run's metrics"
         )
     if group.newest_version > version:

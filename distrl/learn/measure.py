@@ -43,9 +43,7 @@ def measure(batch: Experience, prepared: Prepared, version: int) -> dict[str, fl
 
 
 @torch.no_grad()
-def by_age(
-    batch: Experience, prepared: Prepared, version: int, clip: float
-) -> dict[str, float]:
+def by_age(batch: Experience, prepared: Prepared, version: int, clip: float) -> dict[str, float]:
     """How far each age of tokens is from the learner's policy (`metrics.names.BY_LAG`).
 
     The ratio r is of the proximal policy (the learner before its step) to the behaviour policy

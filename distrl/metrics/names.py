@@ -26,6 +26,7 @@ METRICS: dict[str, str] = {
     "grad/norm": "norm of the policy's gradient before clipping",
     "learn/lr": "the policy's learning rate in the step",
     "learn/skipped_steps": "steps since the start of the run whose loss or gradient was not finite",
+    "staleness/bound": "largest age that a token of the step was allowed (versions)",
     "staleness/max": "age of the oldest token that reached the gradient (versions)",
     "staleness/mean": "mean age of the tokens that reached the gradient (versions)",
     "staleness/hist": "list: entry k is the number of tokens of age k",

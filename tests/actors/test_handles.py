@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from distrl.actors import handles
+from distrl.actors.batching import Desk
 from distrl.actors.handles import ActorHandle, GeneratorHandle, LearnerHandle
 from distrl.actors.process import log_to, node_id, tail
 from distrl.actors.workers import remote
@@ -30,6 +31,7 @@ class Worker:
         log_to(log)
         self.queue = log.with_suffix(".queue")
         self.started = started
+        self.desk = Desk()
         if refuse:
             raise ValueError("cannot be made")
 
@@ -64,7 +66,17 @@ class Worker:
 
     # -- the generator's and the learner's part of a sync
 
+    async def take(self, batch: list[tuple[int, Prompt]]) -> None:
+        for ticket, prompt in batch:
+            self.desk.take(ticket, self.generate(prompt))
+
     @ray.method(num_returns=2)
+    async def give(self) -> Any:
+        return await self.desk.give()
+
+    async def drop(self, ticket: int) -> None:
+        self.desk.drop(ticket)
+
     async def generate(self, prompt: Prompt) -> tuple[GroupInfo, Rollout]:
         sample = Sample(
             text="x",
@@ -206,7 +218,7 @@ async def test_tokens_stay_behind_a_reference(tmp_path: Path) -> None:
     )
     parcel = await generator.generate(prompt)
     assert (parcel.info.index, parcel.info.lengths) == (3, (1,))
-    assert isinstance(parcel.payload, ray.ObjectRef)
+    assert isinstance(parcel.payload.batch, ray.ObjectRef)
     assert (await parcel.payload).samples[0].token_ids.tolist() == [5]
     await generator.close()
 

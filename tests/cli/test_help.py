@@ -22,6 +22,9 @@ def test_every_setting_has_a_description_in_one_line() -> None:
         assert "\n" not in field.description
 
 
+OF_A_RUN = ("audit", "replay", "simulate")
+
+
 def test_every_section_says_what_it_is() -> None:
     found = dict(sections())
     assert {"run", "learn", "learn.kl", "cluster"} < found.keys()
@@ -29,7 +32,25 @@ def test_every_section_says_what_it_is() -> None:
         assert model.__doc__ and model.__doc__.splitlines()[0].endswith("."), name
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["audit", "replay"])
+def test_help_of_what_takes_a_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(f"usage: distrl {command} [-h]") and "run directory" in said
+    assert "Exit status 0 only where" in said
+
+
+def test_help_of_simulate_tells_what_it_alone_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    said = capsys.readouterr().out
+    assert "--sweep NAME=" in said and "--from RUN" in said
+    assert "--simulate.death_rate" in said and "--driver.max_staleness" in said
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in OF_A_RUN])
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

@@ -28,7 +28,7 @@ def test_dry_run_prints_and_touches_nothing(
     said = capsys.readouterr().out
     resolved = yaml.safe_load(said[: said.index("What follows from it")])
     assert Config.model_validate(resolved).generate.workers == 2
-    assert "128 = (max_staleness 3 + 1) x 32" in said
+    assert "128 = (lead 3 + 1) x 32" in said
     for role in ("learner", "generator", "scorer"):
         assert role in said[said.index("Placement") :]
     assert "GiB" in said

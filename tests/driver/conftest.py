@@ -43,12 +43,21 @@ class World:
     hook: Any = None
     ledger: Path | None = None
 
-    def run(self, during: Callable[[Driver], Awaitable[None]] | None = None) -> World:
-        """Run to the end on a virtual clock; `during` runs beside it. Fails on leftover tasks."""
-        run_virtual(self._run(during))
+    def run(
+        self,
+        during: Callable[[Driver], Awaitable[None]] | None = None,
+        on_life: Callable[[asyncio.Task[Any]], None] = lambda task: None,
+    ) -> World:
+        """Run to the end on a virtual clock; `during` runs beside it, and `on_life` is given the
+        task of the run itself. Fails on leftover tasks."""
+        run_virtual(self._run(during, on_life))
         return self
 
-    async def _run(self, during: Callable[[Driver], Awaitable[None]] | None) -> None:
+    async def _run(
+        self,
+        during: Callable[[Driver], Awaitable[None]] | None,
+        on_life: Callable[[asyncio.Task[Any]], None] = lambda task: None,
+    ) -> None:
         clock = asyncio.get_running_loop().time
         ledger = self._ledger(clock)
         self.driver = Driver(
@@ -67,9 +76,13 @@ class World:
             ledger=ledger,
         )
         beside = asyncio.ensure_future(during(self.driver)) if during else None
+        life = asyncio.ensure_future(self.driver.run())
+        on_life(life)
         try:
-            self.summary = await self.driver.run()
+            self.summary = await life
         finally:
+            if not life.done():
+                life.cancel()
             if beside is not None:
                 await beside
             ledger.close()
@@ -78,7 +91,9 @@ class World:
         if self.ledger is None:
             return Ledger()
         start = self.start or Start()
-        return FileLedger(LedgerFile(self.ledger, step=start.step, cursor=start.cursor), clock)
+        return FileLedger(
+            LedgerFile(self.ledger, step=start.step, cursor=start.cursor, ahead=start.ahead), clock
+        )
 
     @property
     def trained(self) -> list[int]:

@@ -174,4 +174,4 @@ def test_the_fakes_see_the_breach_themselves(world, monkeypatch):
 def _no_check(batch, version, rule):
     from distrl.driver.staleness import check_ages
 
-    return check_ages(batch, version, replace(rule, bound=10**6))
+    return check_ages([replace(landed, bound=10**6) for landed in batch], version, rule)

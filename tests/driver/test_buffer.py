@@ -34,6 +34,7 @@ def landed(index, nbytes=10, oldest=0, newest=0, version=0):
     info = ScoredInfo(group=group, rewards=(0.0, 1.0), seconds=0.5)
     return Landed(
         parcel=Parcel(info=info, payload=index),
+        bound=1,
         admitted_s=0.0,
         landed_s=1.0,
         landed_version=version,

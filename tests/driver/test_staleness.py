@@ -15,7 +15,7 @@ def never(bound):
     return StalenessRule(bound=bound, on_stale=None)
 
 
-def landed(lengths, rewards, oldest, newest, version):
+def landed(lengths, rewards, oldest, newest, version, bound=2):
     spans = tuple(
         (
             VersionSpan(version=oldest, start=0, end=1),
@@ -35,14 +35,35 @@ def landed(lengths, rewards, oldest, newest, version):
     )
     info = ScoredInfo(group=group, rewards=rewards, seconds=0.5)
     parcel = Parcel(info=info, payload=None)
-    return Landed(parcel=parcel, admitted_s=1.0, landed_s=4.0, landed_version=version)
+    return Landed(parcel=parcel, bound=bound, admitted_s=1.0, landed_s=4.0, landed_version=version)
 
 
 def test_age_is_counted_from_the_oldest_token():
-    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6)]
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=3)]
     assert check_ages(batch, 7, never(3)) == [Age(in_flight=2, in_buffer=1)]
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=2)]
     with pytest.raises(StalenessBreach, match=r"group 3 .* version 4 at a learner of version 7"):
         check_ages(batch, 7, never(2))
+
+
+def test_masked_tokens_are_counted_and_the_age_is_of_the_rest():
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=1)]
+    rule = StalenessRule(bound=1, on_stale="mask")
+    assert check_ages(batch, 7, rule) == [Age(in_flight=0, in_buffer=1, masked=2)]
+    assert rule.masks_below(7) == 6
+    with pytest.raises(StalenessBreach):  # nothing of it is young enough
+        check_ages(batch, 8, rule)
+
+
+@pytest.mark.parametrize(
+    ("on_stale", "oldest", "newest", "doomed"),
+    [
+        (None, 0, 0, False), ("drop", 5, 5, False), ("drop", 4, 9, True), ("mask", 4, 5, False),
+        ("mask", 4, 4, True),
+    ],
+)  # fmt: skip
+def test_what_is_given_up_at_version_7_with_a_bound_of_2(on_stale, oldest, newest, doomed):
+    assert StalenessRule(bound=2, on_stale=on_stale).dooms(oldest, newest, 7) is doomed
 
 
 def test_a_token_from_the_future_is_a_breach():
@@ -58,6 +79,7 @@ def test_rows_by_hand():
     ]
     row = staleness_row(batch, check_ages(batch, 6, never(2)), 2)
     assert row == {
+        "staleness/bound": 2,
         "staleness/max": 2,
         "staleness/mean": 0.5,  # 4 tokens of age 2, 12 of age 0
         "staleness/hist": [12, 0, 4],

@@ -1,0 +1,152 @@
+"""The whole recipe, and what must fit across sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import model_validator
+
+from distrl.config.base import ConfigError, Section
+from distrl.config.ring import GenerateConfig, LearnConfig, ScoreConfig, SyncConfig
+from distrl.config.run import ClusterConfig, DriverConfig, MetricsConfig, SimulateConfig
+from distrl.config.stages import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTConfig,
+)
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+
+class Config(Section):
+    """The whole recipe."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sft: SFTConfig = SFTConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    learn: LearnConfig = LearnConfig()
+    sync: SyncConfig = SyncConfig()
+    driver: DriverConfig = DriverConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    simulate: SimulateConfig = SimulateConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.samples_per_step % self.learn.minibatches:
+            raise ConfigError(
+                f"learn.minibatches={self.learn.minibatches} does not divide the "
+                f"{self.samples_per_step} samples of a step (driver.prompts_per_step x "
+                f"generate.samples_per_prompt); choose one of {_divisors(self.samples_per_step)}"
+            )
+        need = self.sequence_tokens
+        if self.model.path is None and need > self.model.context:
+            raise ConfigError(
+                f"data.max_prompt_tokens + generate.max_new_tokens = {need} is beyond "
+                f"model.context={self.model.context}; shorten one or raise model.context"
+            )
+        if self.generate.max_model_len is not None and need > self.generate.max_model_len:
+            raise ConfigError(
+                f"data.max_prompt_tokens + generate.max_new_tokens = {need} is beyond "
+                f"generate.max_model_len={self.generate.max_model_len}"
+            )
+        if self.learn.micro_tokens < need:
+            raise ConfigError(
+                f"learn.micro_tokens={self.learn.micro_tokens} cannot hold one sequence of {need} "
+                "tokens; raise it to at least that"
+            )
+        if self.model.path is None and max(self.sft.max_tokens, self.reward_model.max_tokens) > (
+            self.model.context
+        ):
+            raise ConfigError(
+                f"sft.max_tokens and reward_model.max_tokens must be within "
+                f"model.context={self.model.context}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        if self.sft.epochs == 0 and self.model.path is None:
+            raise ConfigError(
+                "sft.epochs=0 takes the policy as it is, and without model.path there is none; "
+                "name one, or set sft.epochs to 1 or more"
+            )
+        longest = self.generate.max_model_len or self.sequence_tokens
+        if self.model.path is None and longest > self.model.context:
+            raise ConfigError(
+                f"generate.max_model_len={longest} is beyond model.context={self.model.context}"
+            )
+        if self.sync.canary_tokens + 1 > longest:
+            raise ConfigError(
+                f"sync.canary_tokens={self.sync.canary_tokens} and one token more do not fit the "
+                f"engine's {longest} tokens (data.max_prompt_tokens + generate.max_new_tokens, or "
+                f"generate.max_model_len); set sync.canary_tokens to {longest - 1} or less"
+            )
+        kl = self.learn.kl
+        if kl.kind == "adaptive" and self.samples_per_step >= 5 * kl.horizon:
+            raise ConfigError(
+                f"learn.kl.horizon={kl.horizon} is too short for the {self.samples_per_step} "
+                "samples of a step: one step could take the price of KL to zero for good; raise "
+                f"it to at least {self.samples_per_step // 5 + 1}"
+            )
+        return self
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a learner step: prompts x samples of each."""
+        return self.driver.prompts_per_step * self.generate.samples_per_prompt
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Longest prompt + response."""
+        return self.data.max_prompt_tokens + self.generate.max_new_tokens
+
+    @property
+    def slots(self) -> int:
+        """Groups that may be under way at once."""
+        return self.driver.slots
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError names the file and the trouble."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} should hold a mapping of sections, found {type(values).__name__}"
+        )
+    return values
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset; ConfigError lists the presets there are."""
+    path = PRESETS / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"no preset {name!r}; there are: {there}")
+    return path
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration, as `config.yaml` of a run directory holds it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,80 @@
+"""`distrl simulate` and `distrl audit` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distrl.cli.main import main
+from distrl.driver.ledger_file import LedgerFile
+
+SMALL = ["--driver.steps", "4", "--driver.prompts_per_step", "4", "--generate.workers", "2"]
+
+
+def simulated(tmp_path: Path, *words: str) -> tuple[int, list[dict]]:
+    status = main(["simulate", *SMALL, "--out", str(tmp_path), *words])
+    return status, json.loads((tmp_path / "simulate.json").read_text())
+
+
+def test_one_run_says_what_it_would_come_to(tmp_path, capsys):
+    status, (point,) = simulated(tmp_path)
+    assert status == 0 and point["audit"] is True and point["steps"] == 4
+    assert point["samples"] == 64 and set(point["idle"]) == {"generators", "scorers", "learner"}
+    said = capsys.readouterr().out
+    assert "4 steps in" in said and "holds" in said
+
+
+def test_a_sweep_of_two_settings_gives_every_combination_and_a_picture(tmp_path, capsys):
+    status, points = simulated(
+        tmp_path, "--sweep", "generators=1,2", "--sweep", "driver.max_staleness=0,1,2"
+    )
+    assert status == 0 and len(points) == 6
+    assert points[0]["point"] == {"generate.workers": 1, "driver.max_staleness": 0}
+    assert (tmp_path / "simulate.png").stat().st_size > 1000
+    assert "Simulated runs" in capsys.readouterr().out
+
+
+def test_faults_and_auto_by_the_settings(tmp_path):
+    status, (point,) = simulated(
+        tmp_path, "--simulate.fail_rate", "0.2", "--driver.max_staleness", "auto"
+    )
+    assert status == 0 and point["retries"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "trouble"),
+    [
+        (["--sweep", "generators"], "should be NAME=V1,V2"),
+        (["--sweep", "driver.nothing=1,2"], "no such setting"),
+        (["--from", "nowhere"], "has no config.yaml; --from takes a run directory"),
+        (["--simulate.jitter", "-1"], "simulate.jitter"),
+    ],
+)
+def test_bad_words_are_told(tmp_path, capsys, words, trouble):
+    assert main(["simulate", *SMALL, "--out", str(tmp_path), *words]) == 2
+    assert trouble in capsys.readouterr().err
+
+
+def test_a_run_without_a_ledger_or_times_is_told(tmp_path, capsys):
+    assert main(["audit", str(tmp_path)]) == 1
+    assert "there is no ledger" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("run: {name: x}\n")
+    assert main(["simulate", "--from", str(tmp_path)]) == 1
+    assert "is this a run directory" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' * 5)
+    LedgerFile(tmp_path / "ledger.sqlite").close()
+    before = (tmp_path / "ledger.sqlite").read_bytes()
+    assert main(["simulate", "--from", str(tmp_path)]) == 1
+    assert "no times of steps" in capsys.readouterr().err
+    assert (tmp_path / "ledger.sqlite").read_bytes() == before
+    assert main(["replay", str(tmp_path)]) == 1
+    assert "no recorded step" in capsys.readouterr().err
+
+
+def test_an_empty_run_breaks_no_promise(tmp_path, capsys):
+    LedgerFile(tmp_path / "ledger.sqlite").close()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["audit", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["prompts issued"] == 0
