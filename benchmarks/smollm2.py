@@ -19,14 +19,16 @@ def main() -> None:
         distrl("train", "--preset", "smollm2", "--fresh", "--run.name", NAME)
     rows = metrics(ROOT / "runs" / NAME)
     ok = memory.peak_bytes <= 16 * GIB
+    rewards = [row["reward/mean"] for row in rows]
+    gaps = [row.get("mismatch/lag0_abs_mean", 0.0) for row in rows]
     report(
         "SmolLM2-135M-Instruct",
         {
             "minutes": f"{times['all'] / 60:.1f}",
             "PPO steps": f"{len(rows)} in {total(rows, 'time/step') / 60:.1f} minutes",
-            "reward, first and last": f"{rows[0]['reward/mean']:.2f}, {rows[-1]['reward/mean']:.2f}",
+            "reward, first and last": f"{rewards[0]:.2f}, {rewards[-1]:.2f}",
             "KL, last (nats)": f"{rows[-1]['kl/ref']:.2f}",
-            "largest lag-0 mismatch": f"{max(r.get('mismatch/lag0_abs_mean', 0) for r in rows):.1e}",
+            "largest lag-0 mismatch": f"{max(gaps):.1e}",
             "memory, PSS GiB <= 16": f"{'ok  ' if ok else 'MISS'} {memory.peak_bytes / GIB:.2f}",
         },
         "python benchmarks/smollm2.py",

@@ -335,9 +335,10 @@ from distrl.metrics import WandbSink
 before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.stdout
 sink = WandbSink(pathlib.Path(sys.argv[1]), project="p", name="n", config={"learn": {"lr": 1}},
                  run_id=sys.argv[2])
-for step in (1, 2):
-    sink.log(step, {"reward/mean": step / 2, "staleness/hist": [4, 1]})
-sink.table(2, "rollouts", ["prompt", "reward"], [["a film", 0.5]])
+by_age = {f"offpolicy/{name}/lag{lag}": 0.5 for name in ("kl", "ess", "tokens") for lag in (0, 1)}
+for step in (1, 10):
+    sink.log(step, {"reward/mean": step / 2, "staleness/hist": [4, 1], **by_age})
+sink.table(10, "rollouts", ["prompt", "reward"], [["a film", 0.5]])
 sink.close()
 assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.stdout)
 print("failed" if sink.failed else "logged")
@@ -369,6 +370,7 @@ def test_real_wandb_offline_is_quiet_and_resumes_the_same_run(tmp_path):
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
     data = b"".join(file.read_bytes() for file in files)
     assert b"reward/mean" in data and b"learner_step" in data
+    assert b"offpolicy/by_age" in data and b"by age of tokens" in data
 
 
 @pytest.mark.slow

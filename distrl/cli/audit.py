@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from distrl.checkpoint import Checkpoints, RunDir
-from distrl.driver.audit import Audit, as_json, audit, lines
+from distrl.driver.audit import Audit, Finding, audit
+
+SHOWN = 5
+"""Offenders named in a finding."""
 
 BROKEN = 1
 """Exit status where a promise is broken, or nothing can be said."""
@@ -30,7 +34,7 @@ def run(about: str, argv: list[str]) -> int:
     newest = newest_state(directory)
     report = audit(directory.ledger, directory.metrics, newest.get("ledger"))
     if options.json:
-        print(json.dumps(as_json(report), indent=1))
+        print(json.dumps(_as_json(report), indent=1))
     else:
         show(report, Console())
     return 0 if report.holds else BROKEN
@@ -45,7 +49,7 @@ def newest_state(directory: RunDir) -> dict[str, Any]:
 def show(report: Audit, console: Console) -> None:
     """The findings, the counts, and what was thrown away."""
     table = Table("", "promise", "seen", title="Audit")
-    for verdict, promise, told in lines(report):
+    for verdict, promise, told in _lines(report):
         table.add_row(verdict, promise, escape(told), style="red" if verdict == "BROKEN" else None)
     console.print(table)
     console.print(", ".join(f"{name}: {count:,}" for name, count in report.counts.items()))
@@ -56,3 +60,33 @@ def show(report: Audit, console: Console) -> None:
     for why, (attempts, tokens, seconds) in report.waste.items():
         thrown.add_row(escape(why), f"{attempts:,}", f"{tokens:,}", f"{seconds:,.1f}")
     console.print(thrown)
+
+
+def _lines(report: Audit) -> Iterable[tuple[str, str, str]]:
+    """(verdict, promise, what was seen or who broke it) for each finding."""
+    for finding in report.findings:
+        yield ("holds" if finding.holds else "BROKEN", finding.promise, _told(finding))
+
+
+def _told(finding: Finding) -> str:
+    if finding.holds:
+        return finding.seen
+    shown = list(finding.offenders[:SHOWN])
+    if more := len(finding.offenders) - SHOWN:
+        shown += [f"… and {more} more"] if more > 0 else []
+    return f"{finding.seen}; {len(finding.offenders)} breaches:\n" + "\n".join(shown)
+
+
+def _as_json(report: Audit) -> dict[str, Any]:
+    """The report as plain values."""
+    return {
+        "holds": report.holds,
+        "findings": [
+            {"promise": f.promise, "holds": f.holds, "seen": f.seen, "offenders": f.offenders}
+            for f in report.findings
+        ],
+        "counts": report.counts,
+        "drops": report.drops,
+        "retries": report.retries,
+        "waste": report.waste,
+    }

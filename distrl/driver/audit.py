@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,6 @@ import numpy as np
 
 from distrl.driver.ledger import spans_of
 from distrl.driver.ledger_file import LedgerError, open_to_read, read_meta
-
-SHOWN = 5
-"""Offenders named in a finding."""
 
 SAME_LENGTHS_P = 0.001
 """Smaller chances than this of seeing such lengths, were those trained drawn from those issued,
@@ -333,33 +330,3 @@ def waste(db: sqlite3.Connection) -> dict[str, tuple[int, int, float]]:
         "WHERE undone IS NOT NULL OR ended IN ('failed', 'dropped') GROUP BY why ORDER BY why"
     )
     return {why: (n, tokens or 0, seconds or 0.0) for why, n, tokens, seconds in rows}
-
-
-def lines(report: Audit) -> Iterable[tuple[str, str, str]]:
-    """(verdict, promise, what was seen or who broke it) for each finding."""
-    for finding in report.findings:
-        yield ("holds" if finding.holds else "BROKEN", finding.promise, _told(finding))
-
-
-def _told(finding: Finding) -> str:
-    if finding.holds:
-        return finding.seen
-    shown = list(finding.offenders[:SHOWN])
-    if more := len(finding.offenders) - SHOWN:
-        shown += [f"… and {more} more"] if more > 0 else []
-    return f"{finding.seen}; {len(finding.offenders)} breaches:\n" + "\n".join(shown)
-
-
-def as_json(report: Audit) -> dict[str, Any]:
-    """The report as plain values."""
-    return {
-        "holds": report.holds,
-        "findings": [
-            {"promise": f.promise, "holds": f.holds, "seen": f.seen, "offenders": f.offenders}
-            for f in report.findings
-        ],
-        "counts": report.counts,
-        "drops": report.drops,
-        "retries": report.retries,
-        "waste": report.waste,
-    }

@@ -50,7 +50,7 @@ from distrl.config import DriverConfig
 from distrl.driver.admission import Admission
 from distrl.driver.auto import BoundController, FixedBound
 from distrl.driver.buffer import OrderedBuffer
-from distrl.driver.errors import Stalled
+from distrl.driver.errors import DriverError, Stalled
 from distrl.driver.fleet import Fleet
 from distrl.driver.generators import Generators
 from distrl.driver.learn import LearnLoop
@@ -98,6 +98,7 @@ class Driver:
         self._start = start
         self._clock = clock
         self._tasks: asyncio.TaskGroup | None = None
+        self._running = False
         self._progress = Progress.of(start, clock())
         self._buffer = OrderedBuffer(
             first=start.cursor,
@@ -169,6 +170,7 @@ class Driver:
         if self._progress.step < self._config.steps:
             try:
                 async with asyncio.TaskGroup() as self._tasks:
+                    self._running = True
                     self._spawn(self._watch())
                     self._spawn(self._ledger.keep())
                     await self._learn.open()
@@ -178,6 +180,8 @@ class Driver:
             except BaseExceptionGroup as group:
                 if (error := _first_error(group)) is not None:
                     raise error from error.__cause__
+            finally:
+                self._running = False
         await self._learn.save()
         await self._ledger.flush()
         return self._summary(self._clock() - began_s)
@@ -195,7 +199,8 @@ class Driver:
 
     def add_generator(self, generator: Generator) -> None:
         """Let a started generator join the running driver: it loads the weights, then gets work.
-        Raises ValueError where one of its name is there."""
+        Raises ValueError where one of its name is there, DriverError where no run is going on."""
+        self._check_running()
         self._generators.join(generator)
 
     def remove_generator(self, name: str) -> None:
@@ -205,11 +210,16 @@ class Driver:
 
     def add_scorer(self, scorer: Scorer) -> None:
         """Let a started scorer join the running driver. Raises ValueError likewise."""
+        self._check_running()
         self._scorers.join(scorer)
 
     def remove_scorer(self, name: str) -> None:
         """Let a scorer leave. Raises ValueError likewise."""
         self._scorers.leave(name)
+
+    def _check_running(self) -> None:
+        if not self._running:
+            raise DriverError("nobody can join: the run has not begun, or is over")
 
     async def _watch(self) -> None:
         """Raise Stalled when neither a group landed nor a step ended for too long."""

@@ -10,7 +10,7 @@ import asyncio
 from asyncio import Lock
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from distrl.driver.admission import Admission
 from distrl.driver.buffer import Landed, OrderedBuffer
@@ -21,44 +21,9 @@ from distrl.driver.ledger import Ledger
 from distrl.driver.ports import PromptSource
 from distrl.driver.staleness import STALE, StalenessRule
 from distrl.driver.state import Progress
+from distrl.driver.ticket import Ticket, Waste
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo
 from distrl.roles import Generator, RoleError, Scorer
-
-
-@dataclass(slots=True)
-class Waste:
-    """What was done for nothing, by reason: response tokens, and seconds of generation."""
-
-    tokens: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
-
-    def add(self, reason: str, tokens: int, seconds: float) -> None:
-        self.tokens[reason] += tokens
-        self.seconds[reason] += seconds  # pyright: ignore[reportArgumentType]
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A group under way.
-
-    Attributes:
-        holder: who has it now.
-        version: no token of it is of an older one.
-        bound: staleness bound that it was admitted under.
-        began_s: when its present attempt was given to a generator.
-        group: what was generated, once it was.
-        doomed: it is too old for any gradient, and was given up.
-    """
-
-    prompt: Prompt
-    admitted_s: float
-    bound: int
-    version: int = 0
-    began_s: float = 0.0
-    holder: str = "the driver"
-    group: GroupInfo | None = None
-    doomed: bool = False
-    task: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)

@@ -37,6 +37,10 @@ def new_run_id() -> str:
     return secrets.token_hex(4)
 
 
+PICTURE_EVERY = 10
+"""Steps between pictures of off-policyness by age."""
+
+
 class WandbSink:
     """Logs to the W&B run `run_id`, which is created or taken up again.
 
@@ -83,7 +87,7 @@ class WandbSink:
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         row = dict(values)
-        self._put(lambda wandb, run: run.log(_row(wandb, step, row)))
+        self._put(lambda wandb, run: run.log(_row(wandb, step, row) | _by_age(wandb, step, row)))
 
     def table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
@@ -199,6 +203,18 @@ def _row(wandb: Any, step: int, values: Mapping[str, Value]) -> dict[str, Any]:
         else:
             row[name] = value
     return row
+
+
+def _by_age(wandb: Any, step: int, values: Mapping[str, Value]) -> dict[str, Any]:
+    """Every few steps a picture: how far each age of tokens is from the learner's policy."""
+    lags = sorted(int(n.rpartition("lag")[2]) for n in values if n.startswith("offpolicy/kl/"))
+    if step % PICTURE_EVERY or not lags:
+        return {}
+    names = ("kl", "ess", "tokens")
+    data = [[lag, *(values[f"offpolicy/{name}/lag{lag}"] for name in names)] for lag in lags]
+    table = wandb.Table(columns=["age", *names], data=data)
+    title = "KL(behaviour || proximal) by age of tokens"
+    return {"offpolicy/by_age": wandb.plot.line(table, "age", "kl", title=title)}
 
 
 def _mode() -> str:

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from distrl.driver.audit import as_json, audit, lines
+from distrl.driver.audit import audit
 from distrl.sim import FakeGenerator, FakeScorer, Faults, log_normal
 
 
@@ -47,8 +47,6 @@ def test_a_good_run_keeps_every_promise(good):
     assert sum(report.drops.values()) > 0 and sum(report.retries.values()) > 0
     thrown = sum(attempts for attempts, _, _ in report.waste.values())
     assert thrown == report.counts["attempts"] - 48
-    assert as_json(report)["holds"] is True
-    assert {verdict for verdict, _, _ in lines(report)} == {"holds"}
 
 
 EXACTLY = "every issued prompt was trained exactly once"

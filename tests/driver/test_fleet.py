@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from distrl.driver.fleet import Fleet, GroupLost, Shortlist, Worker
+from distrl.driver.fleet import Fleet, GroupLost
 from distrl.driver.generators import Generators
+from distrl.driver.worker import Shortlist, Worker
 from distrl.roles import RoleError, WorkerDied
 from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed, run_virtual
 

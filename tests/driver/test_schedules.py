@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import pytest
 
-from distrl.driver import Start
+from distrl.driver import DriverError, Start
 from distrl.driver.audit import audit
 from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, log_normal
 from distrl.sim.script import Fault
@@ -99,7 +99,7 @@ class Schedule:
         draw = self.draw
         for _ in range(draw.choice([0, 0, 1, 3])):
             await asyncio.sleep(draw.uniform(0, 8))
-            with suppress(ValueError, AssertionError, RuntimeError):  # the run may be over
+            with suppress(ValueError, DriverError):  # the last one may not go; the run may be over
                 if draw.random() < 0.5:
                     driver.add_generator(self.generator())
                 else:
@@ -146,10 +146,9 @@ def check(schedule, runs, start):
     for number, run in enumerate(runs):
         assert max(run.ages, default=0) <= schedule.settings["max_staleness"]
         # What a later life did not start from was rolled back.
-        later = [r.start.step for r in runs[number + 1 :] if r.start] if runs[number + 1 :] else []
-        goes_to = min(later, default=0) if runs[number + 1 :] else start.step
-        began = run.start.step if run.start else 0
-        trained = [seen.index for seen in run.learner.trained if seen.step <= max(goes_to, began)]
+        later = [r.start.step if r.start else 0 for r in runs[number + 1 :]]
+        goes_to = min(later, default=start.step)
+        trained = [seen.index for seen in run.learner.trained if seen.step <= goes_to]
         kept += trained
         settled: set[int] = set()
         for index in trained:
