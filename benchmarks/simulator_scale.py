@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     config = Config.model_validate(
         {
-            "generate": {"workers": options.generators, "samples_per_prompt": 4},
+            "generate": {"workers": options.generators, "samples_per_prompt": 2},
             "score": {"workers": 8},
             "driver": {"steps": options.steps, "prompts_per_step": options.groups},
             "simulate": {"learn_token_s": 1e-6},

@@ -118,7 +118,8 @@ class Admission:
 
     def recheck(self) -> None:
         """The buffer's room may have changed."""
-        self._changed.set()
+        if self._may_admit():
+            self._changed.set()
 
     def close(self) -> None:
         """Admit nothing more."""

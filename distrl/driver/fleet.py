@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from distrl.driver.errors import FleetExhausted
-from distrl.driver.worker import R, Shortlist, Worker
+from distrl.driver.worker import Call, R, Shortlist, Worker
 from distrl.roles import RoleError, WorkerDied
 
 T = TypeVar("T")
@@ -128,21 +128,24 @@ class Fleet(Generic[R]):
 
     async def call(self, worker: Worker[R], work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on `worker`. WorkerDied condemns it; Abandoned where another call did."""
+        mine = Call(_current_task())
         incarnation = worker.restarts
-        task = asyncio.get_running_loop().create_task(work)
-        worker.calls[task] = None
+        worker.calls[mine] = None
         try:
-            return await task
+            return await work
         except asyncio.CancelledError:
-            if _being_cancelled():
+            if not mine.abandoned or mine.task.cancelling() > 1:  # cancelled by somebody else
                 raise
             raise Abandoned(f"{worker.role.name} was given up: {worker.cause}") from None
         except WorkerDied as error:
+            del worker.calls[mine]  # or it would abandon itself
             if worker.restarts == incarnation:
                 self.condemn(worker, error)
             raise
         finally:
-            worker.calls.pop(task, None)
+            worker.calls.pop(mine, None)
+            if mine.abandoned:
+                mine.task.uncancel()
 
     def condemn(self, worker: Worker[R], cause: RoleError) -> None:
         """Take a worker out of service, abandon its calls, and start its recovery."""
@@ -157,8 +160,8 @@ class Fleet(Generic[R]):
     def abandon(self, worker: Worker[R], cause: RoleError) -> None:
         """Give up every call that `worker` has in flight; each goes to another try."""
         worker.cause = cause
-        for task in worker.calls:
-            task.cancel()
+        for call in worker.calls:
+            call.abandon()
 
     def join(self, role: R) -> None:
         """A worker more: it is given work as soon as it is prepared. It must be started."""
@@ -241,6 +244,7 @@ class Fleet(Generic[R]):
             ) from worker.cause
 
 
-def _being_cancelled() -> bool:
+def _current_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    assert task is not None
+    return task

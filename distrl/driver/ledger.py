@@ -81,7 +81,7 @@ class Step:
 
 @dataclass(slots=True)
 class _Attempt:
-    """One try at a prompt, filled in as it goes on."""
+    """One try at a prompt, filled in as it goes on. `kept`: its samples are written."""
 
     prompt: Prompt
     number: int
@@ -94,6 +94,11 @@ class _Attempt:
     ended_s: float | None = None
     ended: str | None = None
     reason: str | None = None
+    kept: bool = False
+
+    def samples_due(self) -> bool:
+        """Whether its samples are to be written now: once, as soon as nothing more comes."""
+        return not self.kept and (self.score is not None or self.ended is not None)
 
 
 class FileLedger(Ledger):
@@ -173,8 +178,11 @@ class FileLedger(Ledger):
         return [(a, _columns(a, self._file.fence)) for a in attempts], rows
 
     def _write(self, attempts: list[tuple[_Attempt, tuple[Any, ...]]], rows: Rows) -> None:
-        samples = (row for attempt, _ in attempts for row in _samples(attempt))
+        due = [attempt for attempt, _ in attempts if attempt.samples_due()]
+        samples = (row for attempt in due for row in _samples(attempt))
         self._file.write({"attempts": (row for _, row in attempts), "samples": samples, **rows})
+        for attempt in due:
+            attempt.kept = True
 
     def _begin(self, prompt: Prompt, number: int) -> None:
         attempt = _Attempt(prompt, number, self._now())

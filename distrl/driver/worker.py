@@ -25,6 +25,20 @@ R = TypeVar("R", bound=Role)
 
 
 @dataclass(eq=False, slots=True)
+class Call:
+    """A task inside a call to a worker. To abandon it is to cancel the task, and to remember that
+    it was not the task that somebody wanted gone."""
+
+    task: asyncio.Task[Any]
+    abandoned: bool = False
+
+    def abandon(self) -> None:
+        if not self.abandoned:
+            self.abandoned = True
+            self.task.cancel()
+
+
+@dataclass(eq=False, slots=True)
 class Worker(Generic[R]):
     """One role, and what the fleet knows of it; `load`: tokens that it has in flight."""
 
@@ -34,7 +48,7 @@ class Worker(Generic[R]):
     cause: RoleError | None = None
     load: float = 0.0
     # A mapping for its order: a set's would differ from run to run, and a simulation's with it.
-    calls: dict[asyncio.Task[Any], None] = field(default_factory=dict)
+    calls: dict[Call, None] = field(default_factory=dict)
 
 
 class Shortlist(Generic[R]):
