@@ -101,6 +101,9 @@ class FakeEngine:
     async def give(self) -> Any:
         return await self.desk.give()
 
+    async def drop(self, ticket: int) -> None:
+        self.desk.drop(ticket)
+
     async def load_weights(self, weights: Weights) -> None: ...
 
     async def close(self) -> None: ...
@@ -128,6 +131,9 @@ class InstantLearner(FakeLearner):
     def __init__(self) -> None:
         super().__init__(seconds=fixed(0.0), publish_seconds=fixed(0.0))
 
+    async def save(self, folder: Path) -> None:
+        """Nothing is worth keeping."""
+
     def _look_at(self, group: Any, oldest: int) -> Any:
         return None
 
@@ -148,6 +154,7 @@ def main() -> None:
     with_ledger = min(
         asyncio.run(_alone(options.groups, options.generators, ledger=True)) for _ in range(3)
     )
+    print(f"without Ray: {alone * 1e6:.0f} us, {with_ledger * 1e6:.0f} with ledger", flush=True)
     early, late = asyncio.run(_flat(options.flat, options.generators))
     with connected(Config()):
         bare, one, batched = asyncio.run(_over_ray(options.groups, options.generators))
@@ -237,7 +244,9 @@ async def _over_ray(groups: int, workers: int) -> tuple[float, float, float]:
         actor = remote(FakeEngine).options(num_cpus=0, max_concurrency=10_000)
         actors = [actor.remote(f"g{i}") for i in range(workers)]
         scorer = actor.remote("s0")
+        began = time.perf_counter()
         await asyncio.gather(*(a.start.remote() for a in [*actors, scorer]))
+        print(f"{workers + 1} actors up in {time.perf_counter() - began:.0f} s", flush=True)
 
         def handle(kind: Any, name: str, one: Any) -> Any:
             made = kind(name, lambda: one, log, 60.0)
@@ -255,6 +264,7 @@ async def _over_ray(groups: int, workers: int) -> tuple[float, float, float]:
                 handles = [handle(generator, f"g{i}", a) for i, a in enumerate(actors)]
                 seconds = await _drive(groups, handles, [handle(score, "s0", scorer)])
                 rates.append(groups / seconds)
+            print("groups/s:", [f"{rate:.0f}" for rate in rates], flush=True)
             best = [max(pair) for pair in zip(best, rates, strict=True)]
     return best[0], best[1], best[2]
 

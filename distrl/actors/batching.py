@@ -164,7 +164,7 @@ class Counter:
         for ticket, outcome in outcomes:
             failed = isinstance(outcome, Exception)
             place = None if failed else next(places)
-            answer = self._waiting.get(ticket)
+            answer = self._waiting.pop(ticket, None)
             if answer is None or answer.done():
                 continue
             if failed:
@@ -175,6 +175,6 @@ class Counter:
 
     def _fail(self, tickets: Iterable[int], error: Exception) -> None:
         for ticket in tickets:
-            answer = self._waiting.get(ticket)
+            answer = self._waiting.pop(ticket, None)
             if answer is not None and not answer.done():
                 answer.set_exception(error)

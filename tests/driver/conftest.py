@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,7 @@ def world(tmp_path: Path) -> Callable[..., World]:
             generators=generators or [FakeGenerator("g0"), FakeGenerator("g1")],
             scorers=scorers or [FakeScorer("s0")],
             learner=learner or FakeLearner(),
-            checkpoints=MemoryCheckpoints(tmp_path / str(next(numbers))),
+            checkpoints=MemoryCheckpoints(tmp_path / f"{os.getpid()}-{next(numbers)}"),
             config=DriverConfig(**settings),
             start=start,
             hook=hook,

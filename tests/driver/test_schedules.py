@@ -12,9 +12,12 @@ the driver says.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import random
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -168,15 +171,27 @@ def check(schedule, runs, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", range(SHARDS))
-def test_the_promise_holds_on_ten_thousand_schedules(world, shard, tmp_path):
+@pytest.mark.timeout(900)
+def test_the_promise_holds_on_ten_thousand_schedules(world, tmp_path):
+    """On all cores; the processes are forked, for a world cannot be pickled."""
+    work = partial(_shard, tmp_path)
+    _worlds.append(world)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for _ in pool.imap_unordered(work, range(SHARDS)):
+            pass
+
+
+_worlds: list[Any] = []
+
+
+def _shard(folder, shard):
     for number in range(SCHEDULES // SHARDS):
         seed = shard * 1_000_003 + number
         schedule = Schedule(seed)
         # SQLite waits for the disk: every fiftieth schedule keeps its ledger, and is audited.
-        ledger = tmp_path / f"{seed}.sqlite" if number % 50 == 0 else None
+        ledger = folder / f"{seed}.sqlite" if number % 50 == 0 else None
         try:
-            runs, start = lives(schedule, world, ledger)
+            runs, start = lives(schedule, _worlds[-1], ledger)
             check(schedule, runs, start)
             if ledger is not None:
                 audited(ledger, schedule.settings["steps"])
