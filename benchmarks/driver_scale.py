@@ -76,7 +76,7 @@ class FakeEngine:
     async def start(self) -> str:
         return ""
 
-    async def shared_memory(self) -> list[Path]:
+    async def left_when_killed(self) -> list[Path]:
         return []
 
     @ray.method(num_returns=2)

@@ -57,6 +57,11 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def pid_of(sockets: Path) -> int:
+    """The process whose engine has its sockets there."""
+    return int(sockets.name.split("-")[2])
+
+
 def marked(mark: str) -> list[psutil.Process]:
     """Every living process that carries a mark, whoever its parent is now."""
     found = []
@@ -144,6 +149,10 @@ class Run:
             time.sleep(0.2)
         files = [path for path in self.shared_memory if Path(path).exists()]
         assert not files, f"left in shared memory: {files}"
+        if not but:  # a run that was not killed itself
+            sockets = Path(tempfile.gettempdir()).glob("distrl-vllm-*")
+            left = [path for path in sockets if not psutil.pid_exists(pid_of(path))]
+            assert not left, f"sockets of engines that are gone: {left}"
 
     def kill_all(self) -> None:
         for process in self.family():

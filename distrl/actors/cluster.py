@@ -18,6 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from distrl.config import Config
+from distrl.generate.engine import SOCKETS
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local clusters: rollouts are small and short-lived."""
@@ -101,11 +102,12 @@ def connected(config: Config) -> Iterator[None]:
 
 
 def _sweep() -> None:
-    """Remove the Ray folders of runs that were killed before they could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*-*"):
-        pid = folder.name.removeprefix(SCRATCH).split("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folders of runs and engines that were killed before they could."""
+    for prefix in (SCRATCH, SOCKETS):
+        for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+            pid = folder.name.removeprefix(prefix).split("-")[0]
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_here(config: Config, scratch: str) -> None:

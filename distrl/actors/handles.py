@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from distrl.actors.batching import Counter, packed
-from distrl.actors.process import node_id, tail
+from distrl.actors.process import node_id, remove, tail
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 from distrl.roles import LearnerFailed, WorkerDied
 
@@ -117,20 +117,20 @@ class GeneratorHandle(DeskHandle):
     """The `Generator` role over an actor."""
 
     learner: LearnerHandle
-    _shared_memory: Sequence[Path] = ()
+    _left: Sequence[Path] = ()
 
     async def start(self) -> None:
         await super().start()
-        self._shared_memory = await self.alive(self.running().shared_memory.remote())
+        self._left = await self.alive(self.running().left_when_killed.remote())
 
     async def close(self) -> None:
-        """An engine that was killed cannot free its shared memory: what is left of it on this
-        machine is removed here."""
+        """An engine that was killed cannot tidy up: what is left of it on this machine is removed
+        here."""
         await super().close()
-        files, self._shared_memory = self._shared_memory, ()
-        if files and self.node == node_id():
-            for path in files:
-                path.unlink(missing_ok=True)
+        left, self._left = self._left, ()
+        if left and self.node == node_id():
+            for path in left:
+                remove(path)
 
     async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
         return await self.counter().ask(prompt)

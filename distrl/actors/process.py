@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import ray
+
+from distrl.generate.engine import SOCKETS
 
 
 def log_to(path: Path) -> None:
@@ -29,14 +33,24 @@ def tail(path: Path, lines: int = 12) -> str:
     return "\n".join([f"last lines of {path}:", *text[-lines:]])
 
 
-def shared_memory() -> list[Path]:
-    """Files in shared memory that processes below this one map: an engine's message queues."""
+def left_when_killed() -> list[Path]:
+    """What an engine of this process could not remove if it were killed: the files in shared
+    memory that processes below this one map (its message queues), and its sockets' folder."""
     found: set[str] = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             found |= set(re.findall(r"(/dev/shm/psm_\w+)$", maps, re.MULTILINE))
-    return [Path(path) for path in sorted(found)]
+    sockets = Path(tempfile.gettempdir()).glob(f"{SOCKETS}{os.getpid()}-*")
+    return [*(Path(path) for path in sorted(found)), *sockets]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is still there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def node_id() -> str:

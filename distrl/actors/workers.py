@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from distrl.actors.batching import Desk, Outcomes, unpacked
-from distrl.actors.process import log_to, node_id, shared_memory
+from distrl.actors.process import left_when_killed, log_to, node_id
 from distrl.config import ScoreConfig, SyncConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.generate.engine import EngineSpec
@@ -72,8 +72,8 @@ class GeneratorActor:
         await self.generator.start()
         return node_id()
 
-    def shared_memory(self) -> list[Path]:
-        return shared_memory()
+    def left_when_killed(self) -> list[Path]:
+        return left_when_killed()
 
     async def take(self, batch: Sequence[tuple[int, Prompt]]) -> None:
         """Begin to generate these; `give` brings them back."""

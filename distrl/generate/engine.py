@@ -33,13 +33,19 @@ class EngineSpec:
     cores: str | None = None
 
 
-def start_engine(spec: EngineSpec) -> AsyncLLM:
+SOCKETS = "distrl-vllm-"
+"""Folders of engines' sockets are named so, and by the process that has the engine."""
+
+
+def start_engine(spec: EngineSpec, sockets: Path) -> AsyncLLM:
     """Start an engine and wait until it serves (half a minute, mostly imports).
+
+    vLLM never removes its sockets; it puts them into `sockets`, which the caller removes.
 
     Must be called from a running event loop's thread that lives as long as the engine.
     Raises what vLLM raises when the engine cannot start.
     """
-    os.environ.update(_environment(spec))
+    os.environ.update(_environment(spec) | {"VLLM_RPC_BASE_PATH": str(sockets)})
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from distrl.config import SyncConfig
 from distrl.data.tokenizer import load_tokenizer
-from distrl.generate.engine import EngineSpec, start_engine
+from distrl.generate.engine import SOCKETS, EngineSpec, start_engine
 from distrl.generate.records import IncompleteOutput, to_rollout, token_logprobs
 from distrl.records import GroupInfo, Parcel, Prompt, Rollout, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
@@ -63,6 +67,7 @@ class VLLMGenerator:
         self.sync = sync
         self.tokenizer = load_tokenizer(spec.model)
         self._engine: AsyncLLM | None = None
+        self._sockets: Path | None = None
         self._ids = itertools.count()
         self._updating = asyncio.Lock()
         self._proven = asyncio.Event()
@@ -77,7 +82,8 @@ class VLLMGenerator:
         self._proven.set()
 
     async def _launch(self) -> None:
-        self._engine = start_engine(self.spec)
+        self._sockets = Path(tempfile.mkdtemp(prefix=f"{SOCKETS}{os.getpid()}-"))
+        self._engine = start_engine(self.spec, self._sockets)
         await self._engine.update_weight_version("0")
 
     @property
@@ -328,6 +334,8 @@ class VLLMGenerator:
         self._proven.set()
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 async def _next(collector: RequestOutputCollector) -> Any:

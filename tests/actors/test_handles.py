@@ -30,6 +30,7 @@ class Worker:
     def __init__(self, log: Path, started: float = 0, refuse: bool = False) -> None:
         log_to(log)
         self.queue = log.with_suffix(".queue")
+        self.sockets = log.with_suffix(".sockets")
         self.started = started
         self.desk = Desk()
         if refuse:
@@ -40,9 +41,11 @@ class Worker:
         print("served", flush=True)
         return node_id()
 
-    async def shared_memory(self) -> list[Path]:
+    async def left_when_killed(self) -> list[Path]:
         self.queue.touch()
-        return [self.queue]
+        self.sockets.mkdir()
+        (self.sockets / "one").touch()
+        return [self.queue, self.sockets]
 
     async def pid(self) -> int:
         return os.getpid()
@@ -114,7 +117,7 @@ async def test_a_death_is_told_with_its_last_words(tmp_path: Path) -> None:
     assert said.startswith("worker-0 died: ")
     assert f"last lines of {tmp_path / 'log'}:" in said
     assert said.endswith("the engine is gone")
-    assert not psutil.pid_exists(pid)
+    await gone(pid)
 
     await worker.restart()
     assert await worker.alive(worker.running().pid.remote()) != pid
@@ -223,7 +226,7 @@ async def test_tokens_stay_behind_a_reference(tmp_path: Path) -> None:
     await generator.close()
 
 
-async def test_a_killed_engines_shared_memory_is_removed_on_this_machine(tmp_path: Path) -> None:
+async def test_what_a_killed_engine_leaves_is_removed_on_this_machine(tmp_path: Path) -> None:
     near, far = (handle(tmp_path / name, GeneratorHandle) for name in ("near", "far"))
     for worker in (near, far):
         await worker.start()
@@ -231,7 +234,7 @@ async def test_a_killed_engines_shared_memory_is_removed_on_this_machine(tmp_pat
     far.node = "elsewhere"
     for worker in (near, far):
         await worker.close()
-    assert not (tmp_path / "near.queue").exists()
+    assert not (tmp_path / "near.queue").exists() and not (tmp_path / "near.sockets").exists()
     assert (tmp_path / "far.queue").exists()
 
 
