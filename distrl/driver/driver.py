@@ -108,7 +108,7 @@ class Driver:
             window=config.window,
             ahead=start.ahead,
         )
-        control = _bound_of(config)
+        control = _bound_of(config, start.bound)
         self._admission = Admission(
             slots=config.slots_at(control.bound),
             wanted=max(0, config.steps - start.step) * batch,
@@ -254,11 +254,14 @@ class Driver:
         )
 
 
-def _bound_of(config: DriverConfig) -> BoundController | FixedBound:
-    """What sets the staleness bound; one that is moved starts at 1."""
+def _bound_of(config: DriverConfig, before: int | None) -> BoundController | FixedBound:
+    """What sets the staleness bound; one that is moved starts where it was before, or at 1."""
     if config.max_staleness == "auto":
-        ceiling = config.staleness_ceiling
-        return BoundController(start=1, ceiling=ceiling, target=config.ess_target)
+        return BoundController(
+            start=1 if before is None else before,
+            ceiling=config.staleness_ceiling,
+            target=config.ess_target,
+        )
     return FixedBound(config.max_staleness)
 
 

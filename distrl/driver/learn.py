@@ -91,7 +91,7 @@ class LearnLoop:
         await self.learner.save(folder / LEARNER_FOLDER)
         cursor = self.buffer.cursor
         state = self.progress.state(cursor, self.buffer.ahead, self.drops())
-        state["ledger"] = self.ledger.run_id
+        state |= {"ledger": self.ledger.run_id, "bound": self.control.bound}
         await self.ledger.flush()
         await asyncio.to_thread(self.checkpoints.commit, step, {**self.extra_state, **state})
         self.ledger.committed(step, cursor)

@@ -22,6 +22,7 @@ class Start:
         tokens: response tokens trained on so far.
         drops: dropped groups below `cursor`, by reason.
         ahead: prompts beyond `cursor` that were trained on or dropped all the same.
+        bound: where `max_staleness: auto` had moved the staleness bound; None: nowhere yet.
         checkpoint: the folder to load the learner from; None: it stays as it is.
     """
 
@@ -32,6 +33,7 @@ class Start:
     tokens: int = 0
     drops: Mapping[str, int] = field(default_factory=dict)
     ahead: tuple[int, ...] = ()
+    bound: int | None = None
     checkpoint: Path | None = None
 
     @classmethod
@@ -44,7 +46,8 @@ class Start:
             samples=state["samples"],
             tokens=state["tokens"],
             drops=state["drops"],
-            ahead=tuple(state["ahead"]),
+            ahead=tuple(state.get("ahead", ())),
+            bound=state.get("bound"),
             checkpoint=checkpoint,
         )
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from distrl.config import DriverConfig
+from distrl.driver import Start
 from distrl.driver.audit import audit
 from distrl.driver.auto import BACK_OFF, MARGIN, BoundController
 from distrl.driver.ledger_file import open_to_read
@@ -81,6 +82,15 @@ def test_a_run_keeps_its_promise_while_the_bound_moves(world, tmp_path):
     with open_to_read(run.ledger) as db:
         changes = db.execute("SELECT detail FROM events WHERE what = 'max_staleness'").fetchall()
     assert changes and all(" -> " in detail and "ESS" in detail for (detail,) in changes)
+
+
+def test_a_resumed_run_goes_on_with_the_bound_that_it_had(world):
+    first = world(steps=40, max_staleness="auto", staleness_ceiling=3).run()
+    state = first.checkpoints.states[40]
+    assert state["bound"] == 3, "nothing spoke against it"
+    start = Start.from_state(state, first.checkpoints.folder / "step_000040")
+    second = world(steps=42, max_staleness="auto", staleness_ceiling=3, start=start).run()
+    assert second.column("staleness/bound") == [3, 3]
 
 
 def test_a_lead_of_its_own_or_a_window_is_refused_with_auto():
