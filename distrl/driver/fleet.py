@@ -38,6 +38,10 @@ class Abandoned(RoleError):
 class Witness(Protocol):
     """Who wants to know how a piece of work goes."""
 
+    def waits(self, why: str) -> None:
+        """Nobody has it now."""
+        ...
+
     def held_by(self, name: str) -> None:
         """`name` has it now."""
         ...
@@ -103,7 +107,7 @@ class Fleet(Generic[R]):
         worker = first
         for left in reversed(range(self._tries)):
             if worker is None or worker is not first or not self.is_usable(worker):
-                witness.held_by(f"nobody: no {self._kind} is ready")
+                witness.waits(f"nobody: no {self._kind} is ready")
                 worker = await self._least_loaded(but=worker)
             first = None
             witness.held_by(worker.role.name)

@@ -202,7 +202,7 @@ class LearnLoop:
             "driver/in_flight": self.admission.in_flight,
             "driver/drops": self.drops().total(),
             "waste/tokens": self.roller.waste.tokens.total(),
-            "waste/seconds": self.roller.waste.seconds.total(),
+            "waste/seconds": sum(self.roller.waste.seconds.values()),
             "driver/retries": generators.retries + scorers.retries,
             "driver/restarts": generators.restarts + scorers.restarts,
             "driver/reloads": generators.reloads,

@@ -33,6 +33,9 @@ class _Generating:
     ticket: Ticket
     roller: Roller
 
+    def waits(self, why: str) -> None:
+        self.ticket.holder, self.ticket.version = why, None
+
     def held_by(self, name: str) -> None:
         ticket, roller = self.ticket, self.roller
         ticket.holder, ticket.began_s = name, roller.clock()
@@ -51,6 +54,9 @@ class _Scoring:
 
     ticket: Ticket
     ledger: Ledger
+
+    def waits(self, why: str) -> None:
+        self.ticket.holder = why
 
     def held_by(self, name: str) -> None:
         self.ticket.holder = name
@@ -109,6 +115,8 @@ class Roller:
 
     def version_changed(self) -> None:
         """Give up what no gradient can use any more: in the buffer, and in flight."""
+        if self.rule.on_stale is None:
+            return
         version = self.progress.version
         swept = self.buffer.sweep(
             lambda landed: self.rule.dooms_group(landed.parcel.info.group, version), STALE
@@ -124,10 +132,10 @@ class Roller:
 
     def _is_doomed(self, ticket: Ticket, version: int) -> bool:
         """Before it was generated, a group is reckoned as old as the weights when it was given
-        out: what is masked is not known before, so then it is waited for."""
+        to a generator; what is masked is not known before, so then it is waited for."""
         if ticket.group is not None:
             return self.rule.dooms_group(ticket.group, version)
-        if self.rule.on_stale == "mask" or ticket.began_s == 0.0:
+        if self.rule.on_stale == "mask" or ticket.version is None:
             return False
         return self.rule.dooms(ticket.version, ticket.version, version)
 
@@ -188,7 +196,7 @@ class Roller:
         del self.tickets[index]
         if ticket.group is not None:
             self._lose(ticket.group, account)
-        else:
+        elif ticket.version is not None:
             self.waste.add(account, 0, self.clock() - ticket.began_s)
         self.ledger.dropped(index, reason)
         self.buffer.drop(index, reason)

@@ -7,7 +7,7 @@ import gc
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class Outcome:
         samples_per_second: of virtual time.
         idle: share of time that generators, scorers and the learner did nothing.
         ages: share of trained tokens by age in versions.
-        wasted_tokens: response tokens generated and not trained on.
+        wasted_tokens: response tokens that were generated and given up.
         restarts, drops, retries: how much went wrong.
         rows: the metrics row of every step, as a real run's metrics.jsonl has it.
     """
@@ -166,10 +166,10 @@ class _Simulation:
             seed=model.seed * 1_000_003 + place,
         )
 
-    def _ledger(self, clock: object) -> Ledger:
+    def _ledger(self, clock: Callable[[], float]) -> Ledger:
         if self._ledger_path is None:
             return Ledger()
-        return FileLedger(LedgerFile(self._ledger_path), clock)  # pyright: ignore
+        return FileLedger(LedgerFile(self._ledger_path), clock)
 
 
 def _outcome(
@@ -195,7 +195,7 @@ def _outcome(
             for role, roles in everyone.items()
         },
         ages=_shares(learner.ages, total),
-        wasted_tokens=0,
+        wasted_tokens=int(sink.rows[-1][1]["waste/tokens"]) if sink.rows else 0,
         restarts=summary.restarts,
         drops=sum(summary.drops.values()),
         rows=tuple(sink.rows),

@@ -17,6 +17,9 @@ from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed, run_virtual
 class Nobody:
     """Does not care how the work goes."""
 
+    def waits(self, why):
+        pass
+
     def held_by(self, name):
         pass
 

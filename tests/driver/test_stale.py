@@ -6,7 +6,7 @@ import asyncio
 
 from distrl.driver.audit import audit
 from distrl.driver.ledger_file import open_to_read
-from distrl.sim import FakeGenerator, FakeLearner, fixed
+from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed
 
 
 def ahead(world, **settings):
@@ -52,6 +52,19 @@ def test_what_cannot_make_it_is_given_up_before_the_engines_pause(world, tmp_pat
         ).fetchall()
         learned = [row[0] for row in db.execute("SELECT learned_s FROM steps")]
     assert ended and all(any(abs(at - s) < 1e-6 for s in learned) for (at,) in ended)
+
+
+def test_what_waits_for_a_generator_does_not_grow_old(world, tmp_path):
+    """The only generator is away for 60 s while the learner lives on its buffer: those who wait
+    for it have no token yet, so none of them is given up."""
+    generators = [FakeGenerator("g0", restart_seconds=fixed(60.0), faults=Faults(load={4: "die"}))]
+    run = ahead(world, generators=generators)
+    run.ledger = tmp_path / "ledger.sqlite"
+    run.run()
+    audited(run, tmp_path)
+    with open_to_read(run.ledger) as db:
+        waited = "SELECT count(*) FROM attempts WHERE reason = 'too old' AND generated_s IS NULL"
+        assert db.execute(waited).fetchone() == (0,)
 
 
 def test_masked_tokens_stay_out_and_the_group_stays_in(world, tmp_path):

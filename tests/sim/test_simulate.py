@@ -77,6 +77,19 @@ def test_faults_cost_time_and_no_promise(tmp_path):
     assert max(outcome.ages) <= 2
 
 
+def test_waste_is_what_the_ledger_says_it_is(tmp_path):
+    """Running three steps ahead of a bound of 1 behind a slow learner: groups get too old."""
+    run = config(driver={"steps": 15, "max_staleness": 1, "lead": 4}, simulate={"learn_s": 20.0})
+    outcome = simulate(run, tmp_path / "ledger.sqlite")
+    with open_to_read(tmp_path / "ledger.sqlite") as db:
+        thrown = db.execute(
+            "SELECT sum(s.tokens) FROM samples s JOIN attempts a ON a.idx = s.idx AND "
+            "a.attempt = s.attempt WHERE a.ended = 'dropped'"
+        ).fetchone()[0]
+    assert outcome.wasted_tokens == thrown > 0
+    assert simulate(config()).wasted_tokens == 0
+
+
 def test_what_was_simulated_is_found_again_by_the_fit(tmp_path):
     """A run simulated with known durations; the fit reads them off its ledger and metrics."""
     truth = {
