@@ -62,7 +62,8 @@ class Desk:
 
     def take(self, ticket: int, job: Coroutine[Any, Any, tuple[Any, Any]]) -> None:
         """Begin a job, which comes to (metadata, payload)."""
-        self._tasks[ticket] = asyncio.create_task(self._do(ticket, job))
+        task = self._tasks[ticket] = asyncio.create_task(self._do(ticket, job))
+        task.add_done_callback(lambda _: self._tasks.pop(ticket))
 
     async def give(self) -> tuple[Outcomes, list[Any]]:
         """Wait until something has ended; its outcomes, and the payloads of those that
@@ -86,8 +87,6 @@ class Desk:
         except Exception as error:  # whatever it is, it belongs to whoever asked
             error.add_note(f"in the actor:\n{traceback.format_exc()}")
             outcome, payload = error, None
-        finally:
-            del self._tasks[ticket]
         self._ended.append((ticket, outcome, payload))
         self._some.set()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,7 +91,7 @@ class ActorHandle:
         return self.actor
 
 
-class DeskHandle(ActorHandle):
+class DeskHandle(ActorHandle, ABC):
     """An actor with a `Desk`: asked for groups in batches."""
 
     _counter: Counter | None = None
@@ -102,9 +103,9 @@ class DeskHandle(ActorHandle):
             self._counter = Counter(actor, self.take, self.alive)
         return self._counter
 
+    @abstractmethod
     async def take(self, batch: Sequence[tuple[int, Any]]) -> None:
         """Send (ticket, question) pairs to the actor."""
-        raise NotImplementedError
 
     async def close(self) -> None:
         await super().close()

@@ -130,17 +130,21 @@ def _run(config: Config, *, audited: bool) -> tuple[Outcome, Audit | None]:
 
 def _show(results: list[tuple[dict[str, Any], Outcome, Audit | None]], console: Console) -> None:
     names = list(results[0][0])
-    table = Table(title="Simulated runs", caption="idle and ages in %; ages of tokens, in versions")
+    table = Table(
+        title="Simulated runs",
+        caption="idle: % of time that generators, scorers, learner did nothing; ages: % of tokens, "
+        "by versions; wasted: tokens",
+    )
     for column in (*(name.split(".")[-1] for name in names), "samples/s", "tokens/s"):
         table.add_column(column, justify="right")
-    for column in ("idle generators", "idle scorers", "idle learner", "ages", "wasted", "audit"):
+    for column in ("idle", "ages", "wasted", "audit"):
         table.add_column(column, justify="right")
     for point, outcome, report in results:
         table.add_row(
             *(str(point[name]) for name in names),
             f"{outcome.samples_per_second:,.1f}",
             f"{outcome.tokens_per_second:,.0f}",
-            *(f"{100 * outcome.idle[role]:.0f}" for role in ("generators", "scorers", "learner")),
+            ", ".join(f"{100 * share:.0f}" for share in outcome.idle.values()),
             " ".join(f"{age}:{100 * share:.0f}" for age, share in outcome.ages.items()),
             f"{outcome.wasted_tokens:,}",
             "-" if report is None else "holds" if report.holds else "BROKEN",

@@ -29,6 +29,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from distrl.driver.errors import DriverError
 
 SCHEMA = 1
@@ -142,13 +144,14 @@ class LedgerFile:
 
     def _refuse_if_alive(self) -> None:
         last = self._db.execute(
-            "SELECT host, pid, seen_s FROM runs WHERE ended IS NULL ORDER BY fence DESC LIMIT 1"
+            "SELECT host, pid, began_s, seen_s FROM runs WHERE ended IS NULL "
+            "ORDER BY fence DESC LIMIT 1"
         ).fetchone()
         if last is None:
             return
-        host, pid, seen_s = last
+        host, pid, began_s, seen_s = last
         here = host == socket.gethostname()
-        alive = _is_alive(pid) if here else time.time() - seen_s < LEASE_S
+        alive = _is_alive(pid, began_s) if here else time.time() - seen_s < LEASE_S
         if alive and not (here and pid == os.getpid()):
             raise LedgerError(
                 f"{self._path} is being written by process {pid} on {host} (last heard of "
@@ -268,11 +271,9 @@ def read_meta(db: sqlite3.Connection) -> dict[str, str]:
     return dict(db.execute("SELECT name, value FROM meta").fetchall())
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: int, began_s: float) -> bool:
+    """Whether the process that wrote since `began_s` is there, and not another of its number."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).create_time() <= began_s
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True

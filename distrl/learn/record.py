@@ -66,12 +66,12 @@ class Recorder:
             self._folder = None
             return
         path = _path(self._folder, step)
-        temporary = path.with_suffix(".tmp")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(batch).items()}
         meta = {"step": str(step), "oldest": str(oldest), "digest": digest(*modules)}
-        save_file(tensors, temporary, meta)
-        temporary.replace(path)
-        self._bytes += path.stat().st_size
+        try:
+            self._bytes += _write(path, batch, meta)
+        except (OSError, SafetensorError) as error:  # a full disk, say: the run is worth more
+            log.warning("recording ends before step %d: %s", step, error)
+            self._folder = None
 
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`: they are taken anew."""
@@ -109,6 +109,15 @@ def digest(*modules: nn.Module) -> str:
             flat = tensor.detach().cpu().reshape(-1).contiguous()
             whole.update(flat.view(torch.uint8).numpy().data)
     return whole.hexdigest()
+
+
+def _write(path: Path, batch: Experience, meta: dict[str, str]) -> int:
+    """Write a step whole or not at all; its bytes."""
+    temporary = path.with_suffix(".tmp")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(batch).items()}
+    save_file(tensors, temporary, meta)
+    temporary.replace(path)
+    return path.stat().st_size
 
 
 def _load(path: Path, step: int) -> Recorded:

@@ -229,6 +229,18 @@ class FakeScorer:
         self._process.die()
 
 
+def weights_of(version: int) -> Weights:
+    """Weights that are nothing but their version."""
+    return Weights(
+        version=version,
+        transport="shm",
+        locator="",
+        nbytes=0,
+        probe_ids=_PROBE_IDS,
+        probe_logprobs=_PROBE_LOGPROBS,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     """One group at its gradient: the learner's step and version, the age of its oldest token."""
@@ -294,14 +306,7 @@ class FakeLearner:
     async def publish(self) -> Weights:
         await asyncio.sleep(self._publish_seconds())
         self.published.append(self.version)
-        return Weights(
-            version=self.version,
-            transport="shm",
-            locator="",
-            nbytes=0,
-            probe_ids=_PROBE_IDS,
-            probe_logprobs=_PROBE_LOGPROBS,
-        )
+        return weights_of(self.version)
 
     async def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)

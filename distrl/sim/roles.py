@@ -19,15 +19,12 @@ import numpy as np
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 from distrl.roles import RoleError
 from distrl.sim.engine import Engine, Pace
-from distrl.sim.fakes import FakeGroup, parcel_of
+from distrl.sim.fakes import FakeGroup, parcel_of, weights_of
 from distrl.sim.process import Process, resolve
 from distrl.sim.script import Faults, Seconds, error_of
 
 Lengths = Callable[[int], Sequence[int]]
 """From a prompt's index to the tokens of each of its samples."""
-
-_NOTHING = np.zeros(0, np.float32)
-_NO_IDS = np.zeros(0, np.int32)
 
 
 def drawn_lengths(pool: Sequence[int], samples: int) -> Lengths:
@@ -239,14 +236,7 @@ class SimLearner:
 
     async def publish(self) -> Weights:
         await asyncio.sleep(self._publish_s)
-        return Weights(
-            version=self.version,
-            transport="shm",
-            locator="",
-            nbytes=0,
-            probe_ids=_NO_IDS,
-            probe_logprobs=_NOTHING,
-        )
+        return weights_of(self.version)
 
     async def save(self, folder: Path) -> None: ...
 

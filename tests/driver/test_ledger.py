@@ -136,6 +136,8 @@ def test_a_driver_that_died_is_no_obstacle(tmp_path):
     LedgerFile(path).close()
     live(path, socket.gethostname(), 2**22 + 1)  # beyond the largest process id
     LedgerFile(path).close()
+    live(path, socket.gethostname(), os.getppid(), seen_s=1.0)  # its number was given anew since
+    LedgerFile(path).close()
 
 
 def live(path, host, pid, seen_s=None):

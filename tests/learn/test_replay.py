@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distrl.config import LearnConfig
+from distrl.learn import record
 from distrl.learn.learner import LearnerSpec, PPOLearner
 from distrl.learn.record import BadRecording, digest, recorded
 from distrl.learn.replay import replay
@@ -119,6 +120,23 @@ def test_a_recording_is_bounded_in_bytes_and_can_be_off(spec, make_groups, tmp_p
     off.learn(make_groups(seed=1))
     off.close()
     assert not (tmp_path / "off").exists()
+
+
+def test_a_disk_that_refuses_ends_the_recording_and_not_the_run(
+    spec, make_groups, tmp_path, monkeypatch, caplog
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    learner = PPOLearner(spec(tmp_path / "recording"))
+    learner.learn(make_groups(seed=1))
+    monkeypatch.setattr(record, "save_file", full)
+    assert learner.learn(make_groups(seed=2)).version == 2
+    monkeypatch.undo()
+    assert learner.learn(make_groups(seed=3)).version == 3
+    learner.close()
+    assert "recording ends before step 2: [Errno 28] No space left" in caplog.text
+    assert [kept.step for kept in recorded(tmp_path / "recording")] == [1], "and leaves no gap"
 
 
 def test_masked_tokens_are_out_of_the_gradient_and_in_the_replay(spec, make_groups, tmp_path):
