@@ -73,8 +73,10 @@ class FakeEngine:
         self.name, self.desk = name, Desk()
         self.tokens = np.zeros(16, np.int32)
 
-    async def start(self) -> str:
+    async def node(self) -> str:
         return ""
+
+    async def start(self) -> None: ...
 
     async def left_when_killed(self) -> list[Path]:
         return []
@@ -245,7 +247,7 @@ async def _over_ray(groups: int, workers: int) -> tuple[float, float, float]:
         actors = [actor.remote(f"g{i}") for i in range(workers)]
         scorer = actor.remote("s0")
         began = time.perf_counter()
-        await asyncio.gather(*(a.start.remote() for a in [*actors, scorer]))
+        await asyncio.gather(*(a.node.remote() for a in [*actors, scorer]))
         print(f"{workers + 1} actors up in {time.perf_counter() - began:.0f} s", flush=True)
 
         def handle(kind: Any, name: str, one: Any) -> Any:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SESSION = uuid.uuid4().hex
 SHM = Path("/dev/shm")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads of workers side by side wait for each other
+
 # Before anything is imported that reads them, and inherited by every process that tests start.
 os.environ.update(
     WANDB_MODE="offline",

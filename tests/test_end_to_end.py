@@ -57,11 +57,6 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def pid_of(sockets: Path) -> int:
-    """The process whose engine has its sockets there."""
-    return int(sockets.name.split("-")[2])
-
-
 def marked(mark: str) -> list[psutil.Process]:
     """Every living process that carries a mark, whoever its parent is now."""
     found = []
@@ -85,12 +80,13 @@ class Run:
         self.folder = folder / "run"
         self.mark = uuid.uuid4().hex
         self.shared_memory: set[str] = set()
+        self.scratch = Path(tempfile.mkdtemp(prefix="run-"))  # short: sockets are put there
         self._output = folder / f"output-{self.mark}"
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 [DISTRL, *words, "--config", "recipe.yaml"],
                 cwd=folder,
-                env={**os.environ, **environment, MARK: self.mark},
+                env={**os.environ, "TMPDIR": str(self.scratch), **environment, MARK: self.mark},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -150,14 +146,14 @@ class Run:
         files = [path for path in self.shared_memory if Path(path).exists()]
         assert not files, f"left in shared memory: {files}"
         if not but:  # a run that was not killed itself
-            sockets = Path(tempfile.gettempdir()).glob("distrl-vllm-*")
-            left = [path for path in sockets if not psutil.pid_exists(pid_of(path))]
-            assert not left, f"sockets of engines that are gone: {left}"
+            left = list(self.scratch.glob("distrl-*"))
+            assert not left, f"left among temporary files: {left}"
 
     def kill_all(self) -> None:
         for process in self.family():
             process.kill()
         self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

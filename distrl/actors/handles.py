@@ -49,11 +49,15 @@ class ActorHandle:
         self.actor = self._make()
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                self.node = await self.alive(self.actor.start.remote())
+                self.node = await self.alive(self.actor.node.remote())
+                await self.come_up()
         except TimeoutError:
             raise WorkerDied(
                 f"{self.name} did not start within {self._start_timeout_s:g} s; {tail(self._log)}"
             ) from None
+
+    async def come_up(self) -> None:
+        """What is still to be done once the actor's process is there."""
 
     async def restart(self) -> None:
         """End the actor, if it is still there, and make another."""
@@ -120,9 +124,13 @@ class GeneratorHandle(DeskHandle):
     learner: LearnerHandle
     _left: Sequence[Path] = ()
 
-    async def start(self) -> None:
-        await super().start()
-        self._left = await self.alive(self.running().left_when_killed.remote())
+    async def come_up(self) -> None:
+        """Start the engine. It may be killed at any moment of that too, so what a kill would leave
+        is asked for before as well as after."""
+        actor = self.running()
+        self._left = await self.alive(actor.left_when_killed.remote())
+        await self.alive(actor.start.remote())
+        self._left = await self.alive(actor.left_when_killed.remote())
 
     async def close(self) -> None:
         """An engine that was killed cannot tidy up: what is left of it on this machine is removed

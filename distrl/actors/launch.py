@@ -18,7 +18,7 @@ from distrl.actors.handles import GeneratorHandle, LearnerHandle, ScorerHandle
 from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec
-from distrl.learn.learner import LearnerSpec
+from distrl.learn.spec import LearnerSpec
 
 MAX_CALLS = 10_000
 """Calls an async actor runs at once; the driver's slots are the real bound."""

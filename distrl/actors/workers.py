@@ -1,5 +1,8 @@
 """The actors: each wraps the plain class of its room and adds a process to it.
 
+Only that process imports the room: torch and vLLM take ten seconds, which the driver and the
+other actors need not spend.
+
 A generator or scorer whose engine is gone ends its own process with `os._exit`: Ray
 would otherwise count it as alive (and `exit_actor` as finished on purpose).
 """
@@ -20,10 +23,8 @@ import ray
 from distrl.actors.batching import Desk, Outcomes, unpacked
 from distrl.actors.process import left_when_killed, log_to, node_id
 from distrl.config import ScoreConfig, SyncConfig
-from distrl.data.tokenizer import load_tokenizer
 from distrl.generate.engine import EngineSpec
-from distrl.generate.generator import VLLMGenerator
-from distrl.learn.learner import LearnerSpec, PPOLearner
+from distrl.learn.spec import LearnerSpec
 from distrl.records import (
     GroupInfo,
     Parcel,
@@ -35,8 +36,6 @@ from distrl.records import (
     Weights,
 )
 from distrl.roles import WorkerDied
-from distrl.score.scorer import LocalScorer
-from distrl.sync.memory import SharedMemoryPublisher
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +62,19 @@ class GeneratorActor:
         self, name: str, spec: EngineSpec, sync: SyncConfig, log_path: Path, cores: Cores = None
     ) -> None:
         _begin(log_path, cores)
+        from distrl.generate.generator import VLLMGenerator
+        from distrl.sync.memory import SharedMemoryPublisher
+
         self.generator = VLLMGenerator(name, spec, sync)
         self.images = SharedMemoryPublisher()
         self.desk = Desk()
         self.closing = False
 
-    async def start(self) -> str:
-        await self.generator.start()
+    async def node(self) -> str:
         return node_id()
+
+    async def start(self) -> None:
+        await self.generator.start()
 
     def left_when_killed(self) -> list[Path]:
         return left_when_killed()
@@ -135,6 +139,9 @@ class ScorerActor:
         cores: Cores = None,
     ) -> None:
         _begin(log_path, cores)
+        from distrl.data.tokenizer import load_tokenizer
+        from distrl.score.scorer import LocalScorer
+
         if threads is not None:
             import torch
 
@@ -142,7 +149,7 @@ class ScorerActor:
         self.scorer = LocalScorer(config, load_tokenizer(policy), name)
         self.desk = Desk()
 
-    async def start(self) -> str:
+    async def node(self) -> str:
         return node_id()
 
     async def take(
@@ -175,9 +182,11 @@ class LearnerActor:
 
     def __init__(self, spec: LearnerSpec, log_path: Path, cores: Cores = None) -> None:
         _begin(log_path, cores)
+        from distrl.learn.learner import PPOLearner
+
         self.learner = PPOLearner(spec)
 
-    def start(self) -> str:
+    def node(self) -> str:
         return node_id()
 
     def learn(

@@ -67,7 +67,6 @@ class VLLMGenerator:
         self.sync = sync
         self.tokenizer = load_tokenizer(spec.model)
         self._engine: AsyncLLM | None = None
-        self._sockets: Path | None = None
         self._ids = itertools.count()
         self._updating = asyncio.Lock()
         self._proven = asyncio.Event()
@@ -75,6 +74,7 @@ class VLLMGenerator:
         self._gate: Gate | None = None
         self._releasing: asyncio.Task[None] | None = None
         self._collectors: set[RequestOutputCollector] = set()
+        self._sockets = Path(tempfile.mkdtemp(prefix=f"{SOCKETS}{os.getpid()}-"))
 
     async def start(self) -> None:
         """Start the engine; it holds the checkpoint's weights, as version 0."""
@@ -82,7 +82,7 @@ class VLLMGenerator:
         self._proven.set()
 
     async def _launch(self) -> None:
-        self._sockets = Path(tempfile.mkdtemp(prefix=f"{SOCKETS}{os.getpid()}-"))
+        self._sockets.mkdir(exist_ok=True)
         self._engine = start_engine(self.spec, self._sockets)
         await self._engine.update_weight_version("0")
 
@@ -334,8 +334,7 @@ class VLLMGenerator:
         self._proven.set()
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
-        if self._sockets is not None:
-            shutil.rmtree(self._sockets, ignore_errors=True)
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 async def _next(collector: RequestOutputCollector) -> Any:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distrl.algo import AdaptiveKL, FixedKL, lr_factor
-from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.experience import Experience, to_experience
 from distrl.learn.measure import by_age, measure, part_means
 from distrl.learn.ppo import MinibatchReport, Prepared, backward, minibatches, prepare
 from distrl.learn.record import SMALL, Recorder
+from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
 from distrl.models.heads import ScalarModel
 from distrl.models.load import best_device, load_policy, save_policy
@@ -37,34 +37,6 @@ from distrl.sync.canary import publish
 from distrl.sync.memory import SharedMemoryPublisher
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LearnerSpec:
-    """What a learner needs to know.
-
-    Attributes:
-        policy: Hugging Face folder that the policy starts from; also the frozen reference.
-        reward_model: folder that the critic starts from; None: from the policy's body.
-        config: the `learn` section.
-        total_steps: learner steps of the run, for the schedule.
-        temperature: of sampling; log-probabilities are of logits / temperature.
-        canary_tokens: length of the probe that proves a sync.
-        scratch: folder where the batch of a non-finite step is kept.
-        recording: folder where every step is recorded for a replay; None: nowhere.
-        threads: CPU threads; None leaves torch's choice.
-    """
-
-    policy: Path
-    reward_model: Path | None
-    config: LearnConfig
-    total_steps: int
-    temperature: float
-    seed: int
-    canary_tokens: int
-    scratch: Path
-    recording: Path | None = None
-    threads: int | None = None
 
 
 class PPOLearner:

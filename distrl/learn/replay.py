@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrl.learn.learner import LearnerSpec, PPOLearner
+from distrl.learn.learner import PPOLearner
 from distrl.learn.record import digest, recorded
+from distrl.learn.spec import LearnerSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

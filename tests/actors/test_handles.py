@@ -36,14 +36,16 @@ class Worker:
         if refuse:
             raise ValueError("cannot be made")
 
-    async def start(self) -> str:
-        await asyncio.sleep(self.started)
+    async def node(self) -> str:
         print("served", flush=True)
         return node_id()
 
+    async def start(self) -> None:
+        await asyncio.sleep(self.started)
+
     async def left_when_killed(self) -> list[Path]:
         self.queue.touch()
-        self.sockets.mkdir()
+        self.sockets.mkdir(exist_ok=True)
         (self.sockets / "one").touch()
         return [self.queue, self.sockets]
 
@@ -152,10 +154,13 @@ async def test_what_an_actor_raises_arrives_as_it_was(tmp_path: Path) -> None:
 
 
 async def test_an_actor_that_does_not_come_up(tmp_path: Path) -> None:
-    slow = handle(tmp_path / "slow", timeout_s=3, started=600)
-    with pytest.raises(WorkerDied, match="worker-0 did not start within 3 s"):
+    slow = handle(tmp_path / "slow", GeneratorHandle, timeout_s=5, started=600)
+    with pytest.raises(WorkerDied, match="worker-0 did not start within 5 s"):
         await slow.start()
+    left = [tmp_path / "slow.queue", tmp_path / "slow.sockets"]
+    assert all(path.exists() for path in left)
     await slow.close()
+    assert not any(path.exists() for path in left), "an engine that never served leaves files too"
     refused = handle(tmp_path / "refused", refuse=True)
     with pytest.raises(WorkerDied) as death:
         await refused.start()

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl.config import LearnConfig
 from distrl.learn import learner as learner_module
-from distrl.learn.learner import LearnerSpec, LocalLearner, PPOLearner
+from distrl.learn.learner import LocalLearner, PPOLearner
+from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import StateMismatch
 from distrl.metrics.names import unknown_names
 from distrl.models import sample

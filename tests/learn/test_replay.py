@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from distrl.config import LearnConfig
 from distrl.learn import record
-from distrl.learn.learner import LearnerSpec, PPOLearner
+from distrl.learn.learner import PPOLearner
 from distrl.learn.record import BadRecording, digest, recorded
 from distrl.learn.replay import replay
+from distrl.learn.spec import LearnerSpec
 
 
 @pytest.fixture

@@ -1,0 +1,36 @@
+"""What a learner is made from. Apart from it, so that who places it need not load torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrl.config import LearnConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerSpec:
+    """What a learner needs to know.
+
+    Attributes:
+        policy: Hugging Face folder that the policy starts from; also the frozen reference.
+        reward_model: folder that the critic starts from; None: from the policy's body.
+        config: the `learn` section.
+        total_steps: learner steps of the run, for the schedule.
+        temperature: of sampling; log-probabilities are of logits / temperature.
+        canary_tokens: length of the probe that proves a sync.
+        scratch: folder where the batch of a non-finite step is kept.
+        recording: folder where every step is recorded for a replay; None: nowhere.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    policy: Path
+    reward_model: Path | None
+    config: LearnConfig
+    total_steps: int
+    temperature: float
+    seed: int
+    canary_tokens: int
+    scratch: Path
+    recording: Path | None = None
+    threads: int | None = None
