@@ -1,6 +1,6 @@
 """Wall-clock of synchronous over asynchronous training: same samples, same steps, same cores.
 
-    python benchmarks/async_vs_sync.py [--from runs/demo] [--steps 30] [--seeds 3]
+    python benchmarks/async_vs_sync.py [--from runs/demo] [--steps 40] [--seeds 3]
 
 The generator has one core and the learner another in both modes; only `max_staleness`
 differs (0 and 1). The limit: were generation and learning to overlap perfectly, a run would
@@ -17,13 +17,13 @@ from pathlib import Path
 from common import ROOT, metrics, report, total, train_on
 
 WARM_UP = 2
-LAST = 5
+LAST = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--from", dest="source", type=Path, default=ROOT / "runs" / "demo")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     ratios, limits, sync_rewards, async_rewards = [], [], [], []
@@ -51,8 +51,7 @@ def main() -> None:
 
 def _run(source: Path, steps: int, seed: int, *, staleness: int) -> list[dict[str, float]]:
     """One training run from the finished stages of `source`; its rows after the warm-up."""
-    name = f"benchmark-staleness{staleness}-{seed}"
-    return metrics(train_on(source, name, steps=steps, staleness=staleness, seed=seed))[WARM_UP:]
+    return metrics(train_on(source, steps=steps, staleness=staleness, seed=seed))[WARM_UP:]
 
 
 def _final_reward(rows: list[dict[str, float]]) -> float:

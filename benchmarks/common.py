@@ -27,16 +27,27 @@ def distrl(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "distrl.cli", *words], check=True, cwd=ROOT)
 
 
-def train_on(source: Path, name: str, *, steps: int, staleness: int | str, seed: int = 0) -> Path:
-    """PPO of the demo, from the finished stages of run `source`; the new run's directory."""
-    distrl(
-        "train", "--preset", "demo", "--fresh", "--run.name", name, "--run.seed", str(seed),
+def train_on(source: Path, *, steps: int, staleness: int | str, seed: int = 0) -> Path:
+    """PPO of the demo, from the finished stages of run `source`; the new run's directory.
+
+    A run that has ended with the same words serves again, for benchmarks share what they
+    look at; remove its directory to have it done anew.
+    """
+    words = [
+        "train", "--preset", "demo", "--fresh", "--run.seed", str(seed),
         "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
         "--score.parts", f'[{{"name": "human", "model": "{source / "reward-model" / "model"}"}}]',
         "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
         "--driver.checkpoint_every", str(steps), "--no-metrics.wandb",
-    )  # fmt: skip
-    return ROOT / "runs" / name
+    ]  # fmt: skip
+    run = ROOT / "runs" / f"benchmark-staleness-{staleness}-{seed}"
+    note = run / "benchmark.json"
+    if note.exists() and json.loads(note.read_text()) == words:
+        print(f"{run} is there: not run again", flush=True)
+        return run
+    distrl(*words, "--run.name", run.name)
+    note.write_text(json.dumps(words))
+    return run
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,11 @@ def main() -> None:
 
 
 async def _drive(
-    groups: int, generators: Sequence[Any], scorers: Sequence[Any], ledger: Ledger | None = None
+    groups: int,
+    generators: Sequence[Any],
+    scorers: Sequence[Any],
+    ledger: Ledger | None = None,
+    sink: Any = None,
 ) -> float:
     """Seconds that the driver takes for so many groups."""
     steps = max(1, groups // BATCH)
@@ -188,7 +192,7 @@ async def _drive(
         generators=generators,
         scorers=scorers,
         learner=InstantLearner(),
-        sink=Rows(),
+        sink=sink or Rows(),
         checkpoints=NoCheckpoints(),
         samples_per_prompt=2,
         ledger=ledger,
@@ -217,25 +221,36 @@ def _quick(workers: int) -> list[FakeGenerator]:
     return [FakeGenerator(f"g{i}", seconds=_NOW, load_seconds=_NOW) for i in range(workers)]
 
 
+class _Sizes(Rows):
+    """Looks at memory once a step and keeps no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mib: list[float] = []
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self.mib.append(psutil.Process().memory_info().rss / 2**20)
+
+
+class _ForgetfulGenerator(FakeGenerator):
+    async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
+        self.served.clear()  # a test's record, not the driver's
+        return await super().generate(prompt)
+
+
+class _ForgetfulScorer(FakeScorer):
+    async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
+        self.scored.clear()
+        return await super().score(group)
+
+
 async def _flat(groups: int, workers: int) -> tuple[float, float]:
-    """Resident memory (MiB) after a fifth of the groups, and after all of them."""
-    sizes: list[float] = []
-
-    class Quiet(FakeGenerator):
-        async def generate(self, prompt: Prompt) -> Parcel[GroupInfo]:
-            self.served.clear()  # a test's record, not the driver's
-            return await super().generate(prompt)
-
-    class QuietScorer(FakeScorer):
-        async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
-            self.scored.clear()
-            return await super().score(group)
-
-    for part in (groups // 5, groups - groups // 5):
-        generators = [Quiet(f"g{i}", seconds=_NOW, load_seconds=_NOW) for i in range(workers)]
-        await _drive(part, generators, [QuietScorer("s0", seconds=_NOW)])
-        sizes.append(psutil.Process().memory_info().rss / 2**20)
-    return sizes[0], sizes[1]
+    """Resident memory (MiB) after a fifth of the groups of a run, and after all of them."""
+    names = [f"g{i}" for i in range(workers)]
+    generators = [_ForgetfulGenerator(n, seconds=_NOW, load_seconds=_NOW) for n in names]
+    sizes = _Sizes()
+    await _drive(groups, generators, [_ForgetfulScorer("s0", seconds=_NOW)], sink=sizes)
+    return sizes.mib[len(sizes.mib) // 5], sizes.mib[-1]
 
 
 async def _over_ray(groups: int, workers: int) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Does the simulator foretell what a real run does? Samples/s, predicted over measured.
 
-    python benchmarks/simulator_accuracy.py [--from runs/demo] [--steps 20]
+    python benchmarks/simulator_accuracy.py [--from runs/demo] [--steps 40]
 
 Real runs of the demo's PPO stage (finished SFT and reward model of --from) at max_staleness 0, 1
 and 4. Each is predicted twice: from the durations of that very run, and from those of the run at
@@ -28,13 +28,10 @@ BOUNDS = (0, 1, 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--from", dest="source", type=Path, default=ROOT / "runs" / "demo")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     runs = {
-        bound: train_on(
-            options.source, f"benchmark-simulator-{bound}", steps=options.steps, staleness=bound
-        )
-        for bound in BOUNDS
+        bound: train_on(options.source, steps=options.steps, staleness=bound) for bound in BOUNDS
     }
     figures = {}
     for bound, run in runs.items():

@@ -28,14 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     bounds = options.bounds.split(",")
     rows = {
-        bound: metrics(
-            train_on(
-                options.source,
-                f"benchmark-bound-{bound}",
-                steps=options.steps,
-                staleness=bound,
-            )
-        )
+        bound: metrics(train_on(options.source, steps=options.steps, staleness=bound))
         for bound in bounds
     }
     path = ROOT / "runs" / "staleness.png"
