@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 ALIKE: dict[str, Any] = {
-    "learn": {"value_from": "policy"},
+    "learn": {"value": {"start": "policy"}},
     "score": {"parts": [{"name": "nothing", "function": "rollout_overhead:nothing"}]},
 }
 

@@ -148,7 +148,7 @@ def test_package_keeps_to_the_import_table() -> None:
     [
         ("algo/gae.py", "import distrl.config"),
         ("algo/gae.py", "from distrl import config"),
-        ("algo/gae.py", "from distrl.learn.ppo import step"),
+        ("algo/gae.py", "from distrl.learn.update import Update"),
         ("algo/gae.py", "from .. import learn"),
         ("algo/gae.py", "from ..learn import ppo"),
         ("algo/deep/gae.py", "from ...learn import ppo"),

@@ -73,6 +73,18 @@ def named(process: psutil.Process, prefixes: tuple[str, ...]) -> bool:
     return False
 
 
+def busy(process: psutil.Process) -> bool:
+    """Whether what it started uses most of a core, over a tenth of a second."""
+
+    def used_s() -> float:
+        times = [child.cpu_times() for child in process.children(recursive=True)]
+        return sum(time.user + time.system for time in times)
+
+    before = used_s()
+    time.sleep(0.1)
+    return used_s() - before > 0.06
+
+
 class Run:
     """One `distrl` process, all that it started, and the run directory."""
 
@@ -106,14 +118,16 @@ class Run:
         """Every living process that carries this run's mark, whoever its parent is now."""
         return marked(self.mark)
 
-    def wait_until(self, happened: Callable[[], Any], timeout_s: float = START_S) -> Any:
+    def wait_until(
+        self, happened: Callable[[], Any], timeout_s: float = START_S, pause_s: float = 0.5
+    ) -> Any:
         """Wait for something while the run lives; note the shared memory that it uses."""
         deadline = time.monotonic() + timeout_s
         while not (result := happened()):
             self.note_shared_memory()
             assert self.process.poll() is None, f"ended early:\n{self.output}"
             assert time.monotonic() < deadline, f"did not happen in time:\n{self.output}"
-            time.sleep(0.5)
+            time.sleep(pause_s)
         self.note_shared_memory()
         return result
 
@@ -198,6 +212,7 @@ def survivor(begin: Callable[..., Run]) -> Run:
     run.wait_for_step(1)
     generators = [p for p in run.family() if p.name().startswith("ray::GeneratorAc")]
     assert len(generators) == 2, [p.name() for p in run.family()]
+    run.wait_until(lambda: busy(generators[0]), pause_s=0)  # with groups that are lost with it
     generators[0].kill()
     assert run.end() == 0, run.output
     return run
@@ -368,7 +383,8 @@ def test_resume_after_kill_9_and_a_damaged_checkpoint(
     assert refused.end(60) == 1
     assert "--resume" in refused.output
 
-    resumed = begin("train", "--resume", *words, folder=killed.folder.parent)
+    scratch = {"TMPDIR": str(killed.scratch)}  # where it finds what the killed run left
+    resumed = begin("train", "--resume", *words, folder=killed.folder.parent, **scratch)
     assert resumed.end() == 0, resumed.output
     said = " ".join(resumed.output.split())
     assert "skipping torn checkpoint" in said and f"step_{newest:06d}" in said

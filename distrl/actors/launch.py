@@ -41,19 +41,23 @@ async def launched(
     reward_model: Path | None,
     logs: Path,
     recording: Path | None = None,
+    pretrain: Path | None = None,
 ) -> AsyncIterator[Cast]:
     """Place and start every actor; all of them are ended when the block is left.
 
     policy: Hugging Face folder the policy starts from; reward_model: the critic's start,
-    which may be None only where learn.value_from is "policy"; recording: where the learner
-    records its steps, if at all.
+    which may be None only where learn.value.start is "policy"; recording: where the learner
+    records its steps, if at all; pretrain: the examples of PPO-ptx, if it is asked for.
     Raises PlacementError before any actor starts, WorkerDied where one does not come up.
     """
     wanted = demands(config)
     groups = place(wanted, config.cluster.placement_timeout_s)
     by_role = {demand.role: demand for demand in wanted}
-    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve(), recording)
-    learner = make.learner(reward_model)
+    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve())
+    recording = recording.resolve() if recording else None
+    learner = make.learner(
+        learner_spec(config, make.policy, reward_model, make.logs, recording, pretrain)
+    )
     cast = Cast(
         generators=[make.generator(i, learner) for i in range(config.generate.workers)],
         scorers=[make.scorer(i) for i in range(config.score.workers)],
@@ -82,11 +86,9 @@ class _Maker:
         config: Config,
         policy: Path,
         logs: Path,
-        recording: Path | None,
     ) -> None:
         self.wanted, self.groups, self.config = wanted, groups, config
         self.policy, self.logs = policy, logs
-        self.recording = recording.resolve() if recording else None
         self.mine, self.others = split_cores(config)
 
     def generator(self, place: int, learner: LearnerHandle) -> GeneratorHandle:
@@ -123,15 +125,13 @@ class _Maker:
             config.generate.start_timeout_s,
         )
 
-    def learner(self, reward_model: Path | None) -> LearnerHandle:
-        config = self.config
-        spec = learner_spec(config, self.policy, reward_model, self.logs, self.recording)
+    def learner(self, spec: LearnerSpec) -> LearnerHandle:
         actor = self._actor("learner", 0, LearnerActor)
         return LearnerHandle(
             "learner",
             lambda: actor.remote(spec, self._log("learner"), self.mine),
             self._log("learner"),
-            config.generate.start_timeout_s,
+            self.config.generate.start_timeout_s,
         )
 
     def _actor(self, role: str, place: int, cls: type, **options: Any) -> Any:
@@ -155,19 +155,23 @@ def learner_spec(
     reward_model: Path | None,
     scratch: Path,
     recording: Path | None = None,
+    pretrain: Path | None = None,
 ) -> LearnerSpec:
-    """What the learner of a run needs to know."""
-    from_rewards = config.learn.value_from == "reward_model"
+    """What the learner of a run needs to know; `launched` says what the files are."""
+    from_rewards = config.learn.value.start == "reward_model"
     return LearnerSpec(
         policy=policy,
         reward_model=reward_model.resolve() if reward_model and from_rewards else None,
         config=config.learn,
         total_steps=config.driver.steps,
+        total_samples=config.driver.steps * config.samples_per_step,
+        longest=config.generate.max_new_tokens,
         temperature=config.generate.temperature,
         seed=config.run.seed,
         canary_tokens=config.sync.canary_tokens,
         scratch=scratch,
         recording=recording,
+        pretrain=pretrain if config.learn.pretrain.coef else None,
         threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
     )
 

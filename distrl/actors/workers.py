@@ -178,13 +178,13 @@ class ScorerActor:
 
 
 class LearnerActor:
-    """`PPOLearner` in a process of its own; one call at a time."""
+    """`PolicyLearner` in a process of its own; one call at a time."""
 
     def __init__(self, spec: LearnerSpec, log_path: Path, cores: Cores = None) -> None:
         _begin(log_path, cores)
-        from distrl.learn.learner import PPOLearner
+        from distrl.learn.learner import PolicyLearner
 
-        self.learner = PPOLearner(spec)
+        self.learner = PolicyLearner(spec)
 
     def node(self) -> str:
         return node_id()

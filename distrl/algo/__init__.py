@@ -9,10 +9,17 @@ is 0. Metrics carry no gradient.
 from __future__ import annotations
 
 from distrl.algo.advantages import explained_variance, gae, group_advantages
-from distrl.algo.kl import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
+from distrl.algo.kl import (
+    AdaptiveKL,
+    AdaptivePenalty,
+    FixedKL,
+    LinearKL,
+    kl_estimate,
+    shape_rewards,
+)
 from distrl.algo.logprobs import token_logprobs
 from distrl.algo.masked import masked_mean, masked_whiten
-from distrl.algo.off_policy import effective_sample_size, importance_weights
+from distrl.algo.off_policy import effective_sample_size, importance_ratio, importance_weights
 from distrl.algo.policy import PolicyLoss, ppo_clip_loss
 from distrl.algo.reward_model import (
     expected_calibration_error,
@@ -21,18 +28,33 @@ from distrl.algo.reward_model import (
     ranking_loss,
 )
 from distrl.algo.schedules import lr_factor
+from distrl.algo.surrogates import (
+    Surrogate,
+    capped_weight_surrogate,
+    clipped_surrogate,
+    penalised_surrogate,
+    policy_gradient,
+    sequence_surrogate,
+    token_shares,
+)
 from distrl.algo.value import ValueLoss, value_loss
 
 __all__ = [
     "AdaptiveKL",
+    "AdaptivePenalty",
     "FixedKL",
+    "LinearKL",
     "PolicyLoss",
+    "Surrogate",
     "ValueLoss",
+    "capped_weight_surrogate",
+    "clipped_surrogate",
     "effective_sample_size",
     "expected_calibration_error",
     "explained_variance",
     "gae",
     "group_advantages",
+    "importance_ratio",
     "importance_weights",
     "kl_estimate",
     "lr_factor",
@@ -40,9 +62,13 @@ __all__ = [
     "masked_whiten",
     "normalisation",
     "pairwise_loss",
+    "penalised_surrogate",
+    "policy_gradient",
     "ppo_clip_loss",
     "ranking_loss",
+    "sequence_surrogate",
     "shape_rewards",
     "token_logprobs",
+    "token_shares",
     "value_loss",
 ]

@@ -120,3 +120,58 @@ class FixedKL:
     def update(self, kl: float | Tensor, n_samples: int) -> float:
         """Returns the coefficient, whatever was measured."""
         return self.coef
+
+
+@dataclass(slots=True)
+class LinearKL:
+    """β from ``start`` to ``end`` along a straight line over ``samples``, and ``end`` after them.
+
+    A leash that loosens (or tightens) by plan; ``seen`` is the whole state.
+    """
+
+    start: float
+    end: float
+    samples: int
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("start", self.start, 0)
+        check_range("end", self.end, 0)
+        check_range("samples", self.samples, 1)
+
+    @property
+    def coef(self) -> float:
+        return self.start + (self.end - self.start) * min(self.seen / self.samples, 1.0)
+
+    def update(self, kl: float | Tensor, n_samples: int) -> float:
+        """Returns the new coefficient, whatever was measured over n_samples."""
+        self.seen += n_samples
+        return self.coef
+
+
+@dataclass(slots=True)
+class AdaptivePenalty:
+    """PPO's own adaptive KL (Schulman et al. 2017, section 4), for ``penalised_surrogate``:
+
+        d < target / 1.5: β ← β / 2        d > 1.5 target: β ← 2 β
+
+    d is KL(old ‖ new), nats a token, after an update; the new β serves the next one. Not the leash
+    of RLHF, which is ``AdaptiveKL``. β stays within [1e-10, 1e10], from where it can come back.
+    """
+
+    coef: float = 1.0
+    target: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (self.coef > 0 and self.target > 0):
+            raise ValueError(f"coef and target must be positive; got {self}")
+
+    def update(self, kl: float) -> float:
+        """Stores and returns the new β. Raises ValueError on a KL that is not finite."""
+        if not math.isfinite(kl):
+            raise ValueError(f"kl must be finite; got {kl}")
+        if kl < self.target / 1.5:
+            self.coef = max(self.coef / 2, 1e-10)
+        elif kl > self.target * 1.5:
+            self.coef = min(self.coef * 2, 1e10)
+        return self.coef

@@ -1,15 +1,15 @@
-"""The policy's loss: PPO's clipped objective, with its dual and decoupled forms."""
+"""The policy's loss as one number: PPO's clipped objective, with its dual and decoupled forms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from distrl.algo.checks import check_axes, check_range
-from distrl.algo.kl import LOG_LIMIT, kl_estimate
+from distrl.algo.checks import check_axes
+from distrl.algo.kl import kl_estimate
 from distrl.algo.masked import masked_mean, zero_outside
+from distrl.algo.surrogates import clipped_surrogate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,34 +50,23 @@ def ppo_clip_loss(
     estimate of KL(old ‖ new); all metrics are unweighted. Raises ValueError on shapes that do not
     fit, negative bounds, or a dual_clip not above 1.
     """
-    check_axes(
-        logprobs_BT=logprobs_BT,
-        old_logprobs_BT=old_logprobs_BT,
-        advantages_BT=advantages_BT,
-        mask_BT=mask_BT,
-        weights_BT=mask_BT if weights_BT is None else weights_BT,
+    if weights_BT is None:
+        weights_BT = mask_BT
+    check_axes(logprobs_BT=logprobs_BT, mask_BT=mask_BT, weights_BT=weights_BT)
+    token = clipped_surrogate(
+        logprobs_BT,
+        old_logprobs_BT,
+        advantages_BT,
+        mask_BT,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
     )
-    check_range("clip_low", clip_low, 0)
-    check_range("clip_high", clip_high, 0)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must exceed 1 (3 is usual) or be None; got {dual_clip}")
-
-    new_BT = zero_outside(logprobs_BT, mask_BT)
-    old_BT = zero_outside(old_logprobs_BT, mask_BT).detach()
-    advantages_BT = zero_outside(advantages_BT, mask_BT).detach()
-    ratio_BT = (new_BT - old_BT).clamp(-LOG_LIMIT, LOG_LIMIT).exp()
-    plain_BT = ratio_BT * advantages_BT
-    bounded_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
-    objective_BT = torch.minimum(plain_BT, bounded_BT)
-    if dual_clip is not None:
-        floor_BT = torch.where(advantages_BT < 0, dual_clip * advantages_BT, -torch.inf)
-        objective_BT = torch.maximum(objective_BT, floor_BT)
-    binds_BT = (objective_BT != plain_BT).to(plain_BT.dtype)
-    if weights_BT is not None:
-        objective_BT = zero_outside(weights_BT, mask_BT).detach() * objective_BT
+    loss_BT = zero_outside(weights_BT, mask_BT).detach() * token.loss
+    old_BT, new_BT = (zero_outside(x, mask_BT).detach() for x in (old_logprobs_BT, logprobs_BT))
     return PolicyLoss(
-        loss=-masked_mean(objective_BT, mask_BT),
-        clip_fraction=masked_mean(binds_BT, mask_BT),
-        approx_kl=masked_mean(kl_estimate(old_BT, new_BT.detach(), "k3"), mask_BT),
-        ratio_mean=masked_mean(ratio_BT.detach(), mask_BT),
+        loss=masked_mean(loss_BT, mask_BT),
+        clip_fraction=masked_mean(token.clipped, mask_BT),
+        approx_kl=masked_mean(kl_estimate(old_BT, new_BT, "k3"), mask_BT),
+        ratio_mean=masked_mean(token.ratio, mask_BT),
     )

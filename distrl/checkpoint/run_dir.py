@@ -85,6 +85,11 @@ class RunDir:
         return self.path / "recording"
 
     @property
+    def pretrain(self) -> Path:
+        """SFT examples as token ids, for PPO-ptx."""
+        return self.path / "pretrain.safetensors"
+
+    @property
     def logs(self) -> Path:
         """Logs of the run's processes."""
         return self.path / "logs"

@@ -38,7 +38,11 @@ def run(about: str, argv: list[str]) -> int:
         stage_progress("Replay", total) as tick,
     ):
         spec = learner_spec(
-            config, policy_folder(config), reward_model_folder(config), Path(scratch)
+            config,
+            policy_folder(config),
+            reward_model_folder(config),
+            Path(scratch),
+            pretrain=directory.pretrain,
         )
         done = replay(
             spec,

@@ -75,15 +75,15 @@ def policy_folder(config: Config) -> Path:
 
 
 def reward_model_folder(config: Config) -> Path | None:
-    """The reward model that the critic starts from: the first of `score.parts` that is one,
+    """The reward model that the critic may start from: the first of `score.parts` that is one,
     or this run's own; None where only functions reward."""
     if not config.score.parts:
         return reward_stage(config).folder / "model"
     models = [part.model for part in config.score.parts if part.model is not None]
-    if not models and config.learn.value_from == "reward_model":
+    if not models and config.learn.has_critic and config.learn.value.start == "reward_model":
         raise ConfigError(
             "score.parts names no reward model for the critic to start from; "
-            "set learn.value_from=policy"
+            "set learn.value.start=policy"
         )
     return Path(models[0]) if models else None
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distrl.actors.cluster import check_demands, connected, demands
 from distrl.actors.launch import launched
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
@@ -24,13 +26,15 @@ from distrl.cli.stages import (
     reward_model_folder,
 )
 from distrl.config import Config, ConfigError
-from distrl.data.sources import load_prompts
+from distrl.data.sources import load_demonstrations, load_prompts
 from distrl.data.stream import PromptStream
 from distrl.data.tokenizer import load_tokenizer
 from distrl.driver.driver import Driver
 from distrl.driver.ledger import FileLedger, Ledger
 from distrl.driver.ledger_file import LedgerFile
 from distrl.driver.state import Start, Summary
+from distrl.learn.pretrain import save_examples
+from distrl.learn.sft import encode
 from distrl.metrics import (
     ConsoleSink,
     JSONLSink,
@@ -101,6 +105,8 @@ def train(options: Options, directory: RunDir) -> Summary:
         update={"score": with_default_part(config.score, (reward_model or policy).resolve())}
     )
     source = prompt_stream(config, policy)
+    if config.learn.pretrain.coef:
+        write_pretrain(config, policy, directory.pretrain)
     checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)
     newest = checkpoints.latest() if options.resume else None
     rewind_run(directory.path, newest.step if newest else 0)
@@ -123,6 +129,21 @@ def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) ->
         run_id=newest.state.get("ledger") if newest else None,
     )
     return FileLedger(file, time.monotonic, offset_s=time.time() - time.monotonic())
+
+
+def write_pretrain(config: Config, policy: Path, path: Path) -> None:
+    """The SFT examples for PPO-ptx, shuffled. Raises DataError, or ConfigError where there are
+    none, before any actor starts."""
+    rows = load_demonstrations(config.data, "train")
+    examples, _ = encode(rows, load_tokenizer(policy), config.sft.max_tokens)
+    order = np.random.default_rng(config.run.seed).permutation(len(examples))
+    try:
+        save_examples([examples[place].ids.tolist() for place in order], path)
+    except ValueError as error:
+        raise ConfigError(
+            f"learn.pretrain.coef={config.learn.pretrain.coef} needs SFT text to train on: "
+            f"{error}; see the data section, or set it to 0"
+        ) from None
 
 
 def prompt_stream(config: Config, policy: Path) -> PromptStream:
@@ -157,6 +178,7 @@ async def _train(
         reward_model=reward_model,
         logs=directory.logs,
         recording=directory.recording,
+        pretrain=directory.pretrain,
     ) as cast:
         sink = _sink(config, directory, start, wandb_id)
         driver = Driver(

@@ -7,10 +7,19 @@ work fails here, before any actor starts, with the fix in the message.
 """
 
 from distrl.config.base import ConfigError, Section
-from distrl.config.ring import (
-    GenerateConfig,
+from distrl.config.functions import resolve
+from distrl.config.learn import (
+    AdvantageConfig,
     KLConfig,
     LearnConfig,
+    ObjectiveConfig,
+    OffPolicyConfig,
+    PretrainConfig,
+    ValueConfig,
+)
+from distrl.config.ring import (
+    GenerateConfig,
+    OverlongConfig,
     RewardPart,
     ScoreConfig,
     SyncConfig,
@@ -30,6 +39,7 @@ from distrl.config.whole import PRESETS, Config, dump_yaml, preset_path, read_ya
 __all__ = [
     "HEAD_SIZES",
     "PRESETS",
+    "AdvantageConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -41,6 +51,10 @@ __all__ = [
     "LearnConfig",
     "MetricsConfig",
     "ModelConfig",
+    "ObjectiveConfig",
+    "OffPolicyConfig",
+    "OverlongConfig",
+    "PretrainConfig",
     "RewardModelConfig",
     "RewardPart",
     "RunConfig",
@@ -49,7 +63,9 @@ __all__ = [
     "Section",
     "SimulateConfig",
     "SyncConfig",
+    "ValueConfig",
     "dump_yaml",
     "preset_path",
     "read_yaml",
+    "resolve",
 ]

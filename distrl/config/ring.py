@@ -1,4 +1,4 @@
-"""Sections of the ring: who generates, who scores, who learns, how weights travel."""
+"""Sections of the ring: who generates, who scores, how weights travel. The learner: `learn.py`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,24 @@ class RewardPart(Section):
         return self
 
 
+class OverlongConfig(Section):
+    """A penalty that grows with length (DAPO, Yu et al. 2025, eq. 13)."""
+
+    penalty: float = Field(
+        default=0.0, ge=0, description="taken off the score at the full length; 0: none"
+    )
+    start: int = Field(default=32, ge=1, description="tokens of a response that cost nothing")
+    full: int = Field(default=40, ge=2, description="tokens from which on all of it is due")
+
+    @model_validator(mode="after")
+    def _check(self) -> OverlongConfig:
+        if self.full <= self.start:
+            raise ConfigError(
+                f"score.overlong.full={self.full} must be above score.overlong.start={self.start}"
+            )
+        return self
+
+
 class ScoreConfig(Section):
     """The scorers: what rewards a response."""
 
@@ -83,80 +101,7 @@ class ScoreConfig(Section):
     timeout_s: float = Field(
         default=120, gt=0, description="a group that takes longer is tried again"
     )
-
-
-class KLConfig(Section):
-    """The leash: what leaving the SFT policy costs."""
-
-    kind: Literal["fixed", "adaptive"] = Field(
-        default="fixed",
-        description="adaptive: the price follows the measured KL (Ziegler et al. 2019)",
-    )
-    coef: float = Field(
-        default=0.05, ge=0, description="price of a nat of KL to the SFT policy, in reward"
-    )
-    target: float = Field(default=6.0, gt=0, description="adaptive: nats a response to settle at")
-    horizon: int = Field(default=10_000, ge=1, description="adaptive: samples to move by about e")
-
-
-class LearnConfig(Section):
-    """The learner: PPO on scored rollouts."""
-
-    algorithm: Literal["ppo"] = Field(default="ppo", description="how the policy is improved")
-    cpus: float = Field(default=1, ge=0, description="CPU cores of the learner")
-    gpus: float = Field(default=0, ge=0, description="GPUs of the learner")
-    lr: float = Field(default=3e-4, gt=0, description="policy's peak learning rate")
-    critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="course of both learning rates after the warm-up"
-    )
-    warmup_steps: int = Field(default=2, ge=0, description="learner steps of linear warm-up")
-    epochs: int = Field(default=1, ge=1, description="passes over a batch")
-    minibatches: int = Field(default=2, ge=1, description="optimizer steps a pass")
-    micro_tokens: int = Field(
-        default=4096, ge=16, description="padded tokens of a forward-backward pass"
-    )
-    gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
-    lam: float = Field(
-        default=0.95, ge=0, le=1, description="GAE: 1 trusts returns alone, 0 the critic alone"
-    )
-    clip: float = Field(default=0.2, gt=0, description="probability-ratio clip of PPO")
-    value_clip: float | None = Field(
-        default=0.2,
-        gt=0,
-        description="largest move of a value that its loss rewards; None: no bound",
-    )
-    value_from: Literal["reward_model", "policy"] = Field(
-        default="reward_model",
-        description="what the critic starts from; policy: its body with a new head",
-    )
-    whiten_rewards: bool = Field(
-        default=False, description="scale rewards to variance 1; their mean stays"
-    )
-    whiten_advantages: bool = Field(
-        default=True, description="bring advantages to mean 0 and variance 1"
-    )
-    entropy_bonus: float = Field(
-        default=0.0, ge=0, description="worth of a nat of entropy, in the loss"
-    )
-    importance_cap: float = Field(
-        default=2.0, gt=0, description="truncation of behaviour-policy weights"
-    )
-    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of each gradient")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
-    adam_betas: tuple[float, float] = Field(
-        default=(0.9, 0.95), description="decay of Adam's two moments"
-    )
-    max_skips: int = Field(
-        default=3, ge=1, description="non-finite steps in a row before the run stops"
-    )
-    record: bool | None = Field(
-        default=None,
-        description="keep every batch for 'distrl replay'; empty: where the policy has at most "
-        "20 M parameters",
-    )
-    record_mib: float = Field(default=256, gt=0, description="a recording ends at this size, MiB")
-    kl: KLConfig = KLConfig()
+    overlong: OverlongConfig = OverlongConfig()
 
 
 class SyncConfig(Section):

@@ -43,6 +43,11 @@ class DriverConfig(Section):
         description="groups that may be trained on before an earlier one that is still under way; "
         "0: strict order of issue",
     )
+    skip_without_signal: bool = Field(
+        default=False,
+        description="drop groups whose rewards are all equal, which teach nothing where a group is "
+        "its own baseline, and take others for them (DAPO's dynamic sampling)",
+    )
     attempts: int = Field(default=3, ge=1, description="tries of a group before it is dropped")
     max_restarts: int = Field(
         default=3, ge=0, description="restarts of each worker before the run stops"

@@ -9,7 +9,8 @@ import yaml
 from pydantic import model_validator
 
 from distrl.config.base import ConfigError, Section
-from distrl.config.ring import GenerateConfig, LearnConfig, ScoreConfig, SyncConfig
+from distrl.config.learn import LearnConfig
+from distrl.config.ring import GenerateConfig, ScoreConfig, SyncConfig
 from distrl.config.run import ClusterConfig, DriverConfig, MetricsConfig, SimulateConfig
 from distrl.config.stages import (
     DataConfig,
@@ -98,6 +99,40 @@ class Config(Section):
                 f"learn.kl.horizon={kl.horizon} is too short for the {self.samples_per_step} "
                 "samples of a step: one step could take the price of KL to zero for good; raise "
                 f"it to at least {self.samples_per_step // 5 + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_algorithm(self) -> Config:
+        learn, samples = self.learn, self.generate.samples_per_prompt
+        advantage = learn.advantage
+        if advantage.kind == "group" and advantage.baseline != "none" and samples < 2:
+            raise ConfigError(
+                f"learn.advantage.baseline={advantage.baseline} holds a sample against the others "
+                "of its prompt, and generate.samples_per_prompt=1 leaves none; sample at least 2, "
+                "or set learn.advantage.baseline=none"
+            )
+        if self.driver.skip_without_signal and samples < 2:
+            raise ConfigError(
+                "driver.skip_without_signal leaves out groups whose rewards are all equal, and a "
+                "group of one always is; set generate.samples_per_prompt to 2 or more"
+            )
+        if learn.value.warmup_steps and not learn.has_critic:
+            raise ConfigError(
+                f"learn.value.warmup_steps={learn.value.warmup_steps} trains a critic alone, and "
+                f"learn.advantage.kind={advantage.kind} has none; set it to 0"
+            )
+        if learn.value.warmup_steps >= self.driver.steps:
+            raise ConfigError(
+                f"learn.value.warmup_steps={learn.value.warmup_steps} leaves the policy no step of "
+                f"driver.steps={self.driver.steps}; set it lower"
+            )
+        if self.score.overlong.penalty and self.score.overlong.start >= (
+            self.generate.max_new_tokens
+        ):
+            raise ConfigError(
+                f"score.overlong.start={self.score.overlong.start} is never passed, as responses "
+                f"end at generate.max_new_tokens={self.generate.max_new_tokens}; set it lower"
             )
         return self
 

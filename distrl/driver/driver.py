@@ -138,6 +138,7 @@ class Driver:
             ledger=self._ledger,
             rule=rule,
             samples_per_prompt=samples_per_prompt,
+            skip_without_signal=config.skip_without_signal,
             lockstep=config.lockstep,
             issued=start.cursor,
             settled=frozenset(start.ahead),

@@ -65,6 +65,13 @@ class _Scoring:
         self.ledger.event(name, "gave no score", f"group {self.ticket.prompt.index}: {error}")
 
 
+SILENT = "no signal"
+"""Reason of a drop: all rewards of the group are equal."""
+
+MAX_SILENT = 1000
+"""So many groups without signal in a row are no accident."""
+
+
 @dataclass(kw_only=True)
 class Roller:
     """The feed loop, and one roll task for each group.
@@ -88,12 +95,14 @@ class Roller:
     ledger: Ledger
     rule: StalenessRule
     samples_per_prompt: int
+    skip_without_signal: bool
     lockstep: bool
     issued: int
     settled: Collection[int] = ()
 
     def __post_init__(self) -> None:
         self.waste = Waste()
+        self.silent_in_a_row = 0
         self.landed_tokens = 0
         self.landed_samples = 0
         self.tickets: dict[int, Ticket] = {}
@@ -188,8 +197,22 @@ class Roller:
         else:
             if self.rule.dooms_group(scored.info.group, self.progress.version):
                 self._drop(ticket, STALE, STALE)
+            elif self.skip_without_signal and self._is_silent(scored.info):
+                self._drop(ticket, SILENT, SILENT)
             else:
                 self._land(ticket, scored)
+
+    def _is_silent(self, scored: ScoredInfo) -> bool:
+        """Whether a group says nothing of what is better. Raises DriverError where none does."""
+        silent = len(set(scored.rewards)) == 1
+        self.silent_in_a_row = self.silent_in_a_row + 1 if silent else 0
+        if self.silent_in_a_row >= MAX_SILENT:
+            raise DriverError(
+                f"{MAX_SILENT} groups in a row had equal rewards ({scored.rewards[0]:g} the last),"
+                " and driver.skip_without_signal drops such groups; look at the reward, or at "
+                "prompts that are too easy or too hard"
+            )
+        return silent
 
     def _drop(self, ticket: Ticket, reason: str, account: str) -> None:
         index = ticket.prompt.index

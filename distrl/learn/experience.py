@@ -23,6 +23,7 @@ class Experience:
         behaviour_BT: log-probabilities by the policy that sampled, nats.
         versions_BT: the version that sampled each token.
         scores_B: the reward, before the KL leash.
+        samples_1: responses of each prompt; those of a prompt follow one another.
     """
 
     ids_BL: Tensor
@@ -32,6 +33,11 @@ class Experience:
     behaviour_BT: Tensor
     versions_BT: Tensor
     scores_B: Tensor
+    samples_1: Tensor
+
+    @property
+    def samples(self) -> int:
+        return int(self.samples_1)
 
     @property
     def mask_BT(self) -> Tensor:
@@ -52,7 +58,8 @@ class Experience:
 
     def rows(self, index: Tensor) -> Experience:
         """The sequences at `index`, cut to the longest among them."""
-        part = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        part = {f.name: getattr(self, f.name) for f in fields(self)}
+        part = {k: v if k == "samples_1" else v[index] for k, v in part.items()}
         width = int((part["prompt_lengths_B"] + part["response_lengths_B"]).max())
         longest = int(part["response_lengths_B"].max())
         cut = {"ids_BL": width, "tokens_BT": longest}
@@ -79,6 +86,7 @@ def to_experience(batch: RolloutBatch) -> Experience:
         behaviour_BT=_padded([s.logprobs for s in samples], torch.float32),
         versions_BT=_padded([s.versions() for s in samples], torch.long),
         scores_B=torch.tensor(scores, dtype=torch.float32),
+        samples_1=torch.tensor([len(batch.groups[0].scores)]),
     )
 
 

@@ -1,6 +1,6 @@
-"""One forward pass each: log-probabilities of responses, and their values.
+"""Forward passes: log-probabilities of responses, and their values.
 
-Only response tokens reach the output head: the positions that predict them are picked
+Only response tokens reach the output heads: the positions that predict them are picked
 out of the hidden states first, so logits are never made for prompts or padding.
 """
 
@@ -15,16 +15,27 @@ from distrl.learn.experience import Experience
 from distrl.models.heads import ScalarModel
 
 
+def response_states(policy: PreTrainedModel, batch: Experience) -> Tensor:
+    """states_ND: the policy's hidden states in which the N response tokens were chosen."""
+    hidden_BLD = policy.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
+    return hidden_BLD[_predicting(batch)]
+
+
 def response_logprobs(
-    policy: PreTrainedModel, batch: Experience, temperature: float, *, with_entropy: bool
+    policy: PreTrainedModel,
+    batch: Experience,
+    temperature: float,
+    *,
+    with_entropy: bool,
+    states_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logprobs_BT and entropy_BT (nats) of the responses under `policy`; 0 on padding.
 
-    The distribution is that of logits / temperature, as the engine samples from it.
+    The distribution is that of logits / temperature, as the engine samples from it. `states_ND` are
+    those of `response_states`, where somebody has them already.
     """
     mask_BT = batch.mask_BT
-    hidden_BLD = policy.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-    picked_ND = hidden_BLD[_predicting(batch)]
+    picked_ND = response_states(policy, batch) if states_ND is None else states_ND
     head = policy.get_output_embeddings()
     assert head is not None  # a causal language model has one
     logits_1NV = head(picked_ND)[None]
@@ -34,10 +45,16 @@ def response_logprobs(
     return _spread(logprobs_1N[0], mask_BT), _spread(entropy_1N[0], mask_BT)
 
 
-def response_values(critic: ScalarModel, batch: Experience) -> Tensor:
-    """values_BT: the critic's value of the state in which each response token was chosen."""
-    values_BL = critic(batch.ids_BL)
-    return _spread(values_BL[_predicting(batch)], batch.mask_BT)
+def response_values(
+    critic: ScalarModel, batch: Experience, states_ND: Tensor | None = None
+) -> Tensor:
+    """values_BT: the critic's value of the state in which each response token was chosen.
+
+    `states_ND` are those of `response_states`, where the critic stands on the policy's body.
+    """
+    if states_ND is None:
+        return _spread(critic(batch.ids_BL)[_predicting(batch)], batch.mask_BT)
+    return _spread(critic.on(states_ND), batch.mask_BT)
 
 
 def _predicting(batch: Experience) -> Tensor:

@@ -1,6 +1,6 @@
 """The learner: owns the policy, the critic and their optimizers, in one process.
 
-`PPOLearner` is plain and synchronous; `LocalLearner` is the `Learner` role around it for
+`PolicyLearner` is plain and synchronous; `LocalLearner` is the `Learner` role around it for
 one process, and the Ray actor forwards to it likewise.
 """
 
@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,16 +22,22 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distrl.algo import AdaptiveKL, FixedKL, lr_factor
+from distrl.algo import AdaptiveKL, AdaptivePenalty, FixedKL, LinearKL, lr_factor
+from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
+from distrl.learn.average import WeightAverage
 from distrl.learn.experience import Experience, to_experience
 from distrl.learn.measure import by_age, measure, part_means
-from distrl.learn.ppo import MinibatchReport, Prepared, backward, minibatches, prepare
+from distrl.learn.networks import Networks
+from distrl.learn.optimizer import optimizer_for
+from distrl.learn.prepare import Prepared, prepare
+from distrl.learn.pretrain import Examples
 from distrl.learn.record import SMALL, Recorder
 from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
+from distrl.learn.update import MinibatchReport, Prices, Update, minibatches, pretrain_backward
 from distrl.models.heads import ScalarModel
-from distrl.models.load import best_device, load_policy, save_policy
+from distrl.models.load import best_device, save_policy
 from distrl.records import RolloutBatch, ScoredRollout, StepReport, Weights
 from distrl.roles import LearnerFailed
 from distrl.sync.canary import publish
@@ -38,9 +45,12 @@ from distrl.sync.memory import SharedMemoryPublisher
 
 log = logging.getLogger(__name__)
 
+AVERAGE = "average.safetensors"
 
-class PPOLearner:
-    """PPO with a separate critic. Not thread-safe: one call at a time."""
+
+class PolicyLearner:
+    """Policy optimisation as the `learn` section composes it. Not thread-safe: one call at a
+    time."""
 
     def __init__(self, spec: LearnerSpec) -> None:
         if spec.threads is not None:
@@ -48,25 +58,39 @@ class PPOLearner:
         self.spec, self.config = spec, spec.config
         self.device = best_device() if spec.config.gpus else torch.device("cpu")
         self.tokenizer = load_tokenizer(spec.policy)
-        self.policy = load_policy(spec.policy, tokenizer=self.tokenizer)
-        self.reference = load_policy(spec.policy).requires_grad_(False)
-        self.critic = self._new_critic()
-        for module in (self.policy, self.reference, self.critic):
-            nn.Module.to(module, self.device)
-        self.policy_optimizer = self._adamw(self.policy)
-        self.critic_optimizer = self._adamw(self.critic)
-        kl = spec.config.kl
-        self.kl: AdaptiveKL | FixedKL = (
-            AdaptiveKL(kl.coef, kl.target, kl.horizon)
-            if kl.kind == "adaptive"
-            else FixedKL(kl.coef)
+        self.networks = Networks.load(
+            spec.policy, spec.reward_model, spec.config, seed=spec.seed, device=self.device
         )
+        self.optimizers = [optimizer_for(part, spec.config) for part in self.networks.trained]
+        self.update = Update(
+            networks=self.networks,
+            config=spec.config,
+            temperature=spec.temperature,
+            longest=spec.longest,
+        )
+        self.kl = leash(spec.config, spec.total_samples)
+        self.penalty = AdaptivePenalty(
+            spec.config.objective.penalty, spec.config.objective.penalty_target or 1.0
+        )
+        self.average = (
+            WeightAverage(self.policy, spec.config.ema) if spec.config.ema is not None else None
+        )
+        self.pretrain = Examples.load(spec.pretrain) if spec.pretrain is not None else None
         self.publisher = SharedMemoryPublisher()
         self.recorder = self._new_recorder()
+        self.total_steps = spec.total_steps
         self.step = 0
         self.version = 0
         self.skips = 0
         self.skips_in_a_row = 0
+
+    @property
+    def policy(self) -> Any:
+        return self.networks.policy
+
+    @property
+    def critic(self) -> ScalarModel | None:
+        return self.networks.critic
 
     def _new_recorder(self) -> Recorder:
         wanted = self.config.record
@@ -74,20 +98,6 @@ class PPOLearner:
             wanted = sum(p.numel() for p in self.policy.parameters()) <= SMALL
         folder = self.spec.recording if wanted else None
         return Recorder(folder, int(self.config.record_mib * 2**20))
-
-    def _new_critic(self) -> ScalarModel:
-        if self.spec.reward_model is not None:
-            return ScalarModel.load(self.spec.reward_model)
-        return ScalarModel.from_policy(self.policy, self.spec.seed, zero_head=True)
-
-    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
-            lr=0.0,
-            betas=self.config.adam_betas,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
 
     # -- one step -----------------------------------------------------------------
 
@@ -111,72 +121,115 @@ class PPOLearner:
         batch = experience.to(self.device)
         prepared = prepare(
             batch,
-            self.policy,
-            self.reference,
-            self.critic,
+            self.networks,
             self.config,
             temperature=self.spec.temperature,
             kl_coef=self.kl.coef,
+            version=self.version,
             oldest=oldest,
         )
-        metrics = measure(batch, prepared, version=self.version)
-        metrics |= by_age(batch, prepared, self.version, self.config.clip)
+        metrics = measure(batch, prepared, self.config, version=self.version)
+        metrics |= by_age(batch, prepared, self.version, self.config.objective.clip_high)
         metrics["kl/coef"] = self.kl.coef
         metrics["learn/lr"] = self._rate(self.config.lr)
-        reports, norms = self._optimise(batch, prepared)
+        steps = self._optimise(batch, prepared)
         self.step += 1
-        skipped = not norms
+        skipped = not steps
         if not skipped:
             self.version += 1
-            self.kl.update(metrics["kl/ref"], len(batch))
-            metrics |= _means(reports, norms)
+            if self.config.kl.used:
+                self.kl.update(metrics["kl/ref"], len(batch))
+            metrics |= self._summary(steps)
+            if self.average is not None:
+                self.average.update()
         metrics["learn/skipped_steps"] = float(self.skips)
-        self.recorder.keep(self.step, experience, oldest, self.policy, self.critic)
+        self.recorder.keep(self.step, self.total_steps, experience, oldest, *self.networks.trained)
         return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=metrics)
 
-    def _optimise(
-        self, batch: Experience, prepared: Prepared
-    ) -> tuple[list[MinibatchReport], list[float]]:
-        """All optimizer steps of a batch; stops at the first that is not finite."""
-        reports: list[MinibatchReport] = []
-        norms: list[float] = []
+    def _summary(self, steps: Sequence[_Step]) -> dict[str, float]:
+        """Means over a learner step's optimizer steps; moves the penalty's price."""
+        reports = [step.report for step in steps]
+        metrics = {
+            "loss/policy": fmean(r.policy_loss for r in reports),
+            "ppo/clip_fraction": fmean(r.clip_fraction for r in reports),
+            "ppo/approx_kl": fmean(r.approx_kl for r in reports),
+            "grad/norm": fmean(step.norm for step in steps),
+            "learn/optimizer_steps": float(len(steps)),
+        }
+        if self.critic is not None:
+            metrics["value/loss"] = fmean(r.value_loss for r in reports)
+            metrics["value/clip_fraction"] = fmean(r.value_clip_fraction for r in reports)
+        if self.pretrain is not None:
+            metrics["loss/pretrain"] = fmean(step.pretrain_loss for step in steps)
+        if self.config.objective.kind == "kl_penalty":
+            metrics["ppo/penalty"] = self.penalty.coef
+            if self.config.objective.penalty_target is not None:
+                self.penalty.update(reports[-1].approx_kl)
+        return metrics
+
+    def _optimise(self, batch: Experience, prepared: Prepared) -> list[_Step]:
+        """The optimizer steps of a batch; none after the first that is not finite, or (where
+        `target_kl` is set) that would set out from too far away."""
+        steps: list[_Step] = []
+        far = self.config.objective.target_kl or math.inf
+        prices = Prices(
+            kl=self.kl.coef if self.config.kl.place == "loss" else 0.0,
+            penalty=self.penalty.coef,
+            policy_learns=self.step >= self.config.value.warmup_steps,
+        )
         for index in minibatches(len(batch), self.config, (self.spec.seed, self.step)):
-            report = backward(
-                batch, prepared, index, self.policy, self.critic, self.config, self.spec.temperature
-            )
-            norm = self._apply(report)
+            report = self.update.backward(batch, prepared, index, prices)
+            if steps and report.approx_kl > far:
+                self._forget_gradients()
+                break
+            pretrain_loss = self._pretrain(len(steps)) if prices.policy_learns else 0.0
+            norm = self._apply(report, pretrain_loss, policy_learns=prices.policy_learns)
             if not math.isfinite(norm):
                 self._skip(batch, report, norm)
-                return reports, norms
-            reports.append(report)
-            norms.append(norm)
+                return steps
+            steps.append(_Step(report=report, norm=norm, pretrain_loss=pretrain_loss))
         self.skips_in_a_row = 0
-        return reports, norms
+        return steps
 
-    def _apply(self, report: MinibatchReport) -> float:
-        """Clip and step both optimizers; returns the policy's gradient norm before clipping.
+    def _pretrain(self, place: int) -> float:
+        """PPO-ptx: the gradient of the step's own examples; their loss, nats a token."""
+        if self.pretrain is None:
+            return 0.0
+        settings = self.config.pretrain
+        turn = self.step * self.config.epochs * self.config.minibatches + place
+        examples = self.pretrain.turn(turn, settings.sequences)
+        return pretrain_backward(self.policy, examples, settings.coef, self.config.micro_tokens)
+
+    def _apply(
+        self, report: MinibatchReport, pretrain_loss: float, *, policy_learns: bool
+    ) -> float:
+        """Clip and step the optimizers; returns the policy's gradient norm before clipping.
 
         Nothing is applied where a loss or a norm is not finite, and NaN comes back.
         """
         clip = self.config.grad_clip
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
-        critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
-        losses = report.policy_loss + report.value_loss
-        finite = math.isfinite(losses) and math.isfinite(norm) and math.isfinite(critic_norm)
+        norms = [
+            float(nn.utils.clip_grad_norm_(part.parameters(), clip))
+            for part in self.networks.trained
+        ]
+        losses = report.policy_loss + report.value_loss + pretrain_loss
+        finite = math.isfinite(losses) and all(map(math.isfinite, norms))
         if finite:
-            for optimizer, peak in (
-                (self.policy_optimizer, self.config.lr),
-                (self.critic_optimizer, self.config.critic_lr),
-            ):
-                for group in optimizer.param_groups:
-                    group["lr"] = self._rate(peak)
-                optimizer.step()
-        self.policy_optimizer.zero_grad(set_to_none=True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        return float(norm) if finite else math.nan
+            rates = (self.config.lr if policy_learns else None, self.config.critic_lr)
+            for optimizer, peak in zip(self.optimizers, rates, strict=False):
+                if peak is not None:
+                    for group in optimizer.param_groups:
+                        group["lr"] = self._rate(peak)
+                    optimizer.step()
+        self._forget_gradients()
+        return norms[0] if finite else math.nan
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _rate(self, peak: float) -> float:
-        total = max(self.spec.total_steps, self.config.warmup_steps)
+        total = max(self.total_steps, self.config.warmup_steps)
         return peak * lr_factor(self.step, total, self.config.schedule, self.config.warmup_steps)
 
     def _skip(self, batch: Experience, report: MinibatchReport, norm: float) -> None:
@@ -214,14 +267,16 @@ class PPOLearner:
     def save(self, folder: Path) -> None:
         """Write everything that a resumed learner needs below `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_module(self.policy, folder / "policy.safetensors")
-        save_module(self.critic, folder / "critic.safetensors")
-        save_optimizer(self.policy_optimizer, folder / "policy_optimizer.safetensors")
-        save_optimizer(self.critic_optimizer, folder / "critic_optimizer.safetensors")
+        for name, part, optimizer in self._parts():
+            save_module(part, folder / f"{name}.safetensors")
+            save_optimizer(optimizer, folder / f"{name}_optimizer.safetensors")
+        if self.average is not None:
+            self.average.save(folder / AVERAGE)
         state = {
             "step": self.step,
             "version": self.version,
-            "kl_coef": self.kl.coef,
+            "kl": asdict(self.kl),
+            "penalty": self.penalty.coef,
             "skips": self.skips,
             "skips_in_a_row": self.skips_in_a_row,
             "seed": self.spec.seed,
@@ -230,40 +285,58 @@ class PPOLearner:
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote. Raises StateMismatch where it is of another model."""
-        load_module(self.policy, folder / "policy.safetensors")
-        load_module(self.critic, folder / "critic.safetensors")
-        load_optimizer(self.policy_optimizer, folder / "policy_optimizer.safetensors")
-        load_optimizer(self.critic_optimizer, folder / "critic_optimizer.safetensors")
+        for name, part, optimizer in self._parts():
+            load_module(part, folder / f"{name}.safetensors")
+            load_optimizer(optimizer, folder / f"{name}_optimizer.safetensors")
+        if self.average is not None:
+            self.average.load(folder / AVERAGE)
         state = json.loads((folder / "learner.json").read_text())
         self.step, self.version = state["step"], state["version"]
         self.skips, self.skips_in_a_row = state["skips"], state["skips_in_a_row"]
         if isinstance(self.kl, AdaptiveKL):
-            self.kl.coef = state["kl_coef"]
+            self.kl.coef = state["kl"]["coef"]
+        if isinstance(self.kl, LinearKL):
+            self.kl.seen = state["kl"]["seen"]
+        self.penalty.coef = state["penalty"]
         self.recorder.rewind(self.step)
 
     def export(self, folder: Path) -> None:
-        """The policy and its tokenizer in Hugging Face format."""
-        save_policy(self.policy, self.tokenizer, folder)
+        """The policy and its tokenizer in Hugging Face format: the average of its weights where
+        `learn.ema` asks for one."""
+        with nullcontext() if self.average is None else self.average.in_place():
+            save_policy(self.policy, self.tokenizer, folder)
 
     def close(self) -> None:
         self.publisher.close()
 
+    def _parts(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
+        """What learns, under the name that its files have."""
+        yield from zip(("policy", "critic"), self.networks.trained, self.optimizers, strict=False)
 
-def _means(reports: Sequence[MinibatchReport], norms: Sequence[float]) -> dict[str, float]:
-    return {
-        "loss/policy": fmean(r.policy_loss for r in reports),
-        "value/loss": fmean(r.value_loss for r in reports),
-        "ppo/clip_fraction": fmean(r.clip_fraction for r in reports),
-        "ppo/approx_kl": fmean(r.approx_kl for r in reports),
-        "value/clip_fraction": fmean(r.value_clip_fraction for r in reports),
-        "grad/norm": fmean(norms),
-    }
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """One optimizer step; `norm` of the policy's gradient before clipping."""
+
+    report: MinibatchReport
+    norm: float
+    pretrain_loss: float
+
+
+def leash(config: LearnConfig, samples: int) -> AdaptiveKL | FixedKL | LinearKL:
+    """Who sets the price of a nat of KL to the reference, over a run of so many samples."""
+    kl = config.kl
+    if kl.kind == "adaptive":
+        return AdaptiveKL(kl.coef, kl.target, kl.horizon)
+    if kl.kind == "linear":
+        return LinearKL(kl.coef, kl.final, samples)
+    return FixedKL(kl.coef)
 
 
 class LocalLearner:
     """The `Learner` role in one process: each call runs on a thread of its own."""
 
-    def __init__(self, learner: PPOLearner) -> None:
+    def __init__(self, learner: PolicyLearner) -> None:
         self.learner = learner
 
     async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:

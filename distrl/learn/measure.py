@@ -7,39 +7,61 @@ from statistics import fmean
 
 import torch
 
-from distrl.algo import effective_sample_size, explained_variance, kl_estimate, masked_mean
+from distrl.algo import (
+    effective_sample_size,
+    explained_variance,
+    importance_ratio,
+    kl_estimate,
+    masked_mean,
+)
+from distrl.config import LearnConfig
 from distrl.learn.experience import Experience
-from distrl.learn.ppo import Prepared
+from distrl.learn.prepare import Prepared
 from distrl.records import ScoredRollout
 
 
 @torch.no_grad()
-def measure(batch: Experience, prepared: Prepared, version: int) -> dict[str, float]:
+def measure(
+    batch: Experience, prepared: Prepared, config: LearnConfig, version: int
+) -> dict[str, float]:
     """Metrics of a batch at the learner's `version`, all finite.
 
     `kl/ref` is nats a response: the sum over its tokens of log pi - log pi_ref (k1).
-    Ages are of tokens. `mismatch/lag0_abs_mean` is over tokens of age 0: there engine and
-    learner hold the same weights, so any gap is numerical. No such token: no such metric.
+    Ages are of tokens. `mismatch/lag0_abs_mean` is over tokens of age 0 that the learner computed:
+    there engine and learner hold the same weights, so any gap is numerical. No such token: no such
+    metric.
     """
     mask = batch.mask_BT
-    kl_B = (kl_estimate(prepared.proximal, prepared.reference, "k1") * mask).sum(1)
     ages = (version - batch.versions_BT)[mask]
     metrics = {
-        "kl/ref": kl_B.mean().item(),
-        "ppo/entropy": masked_mean(prepared.entropy, mask).item(),
+        "ppo/entropy": masked_mean(prepared.entropy, prepared.computed).item(),
         "ppo/ess": effective_sample_size(prepared.weights, mask).item(),
-        "value/explained_variance": explained_variance(
-            prepared.values, prepared.returns, mask
-        ).item(),
-        "value/mean": masked_mean(prepared.values, mask).item(),
         "staleness/max": float(ages.max()),
         "staleness/mean": ages.float().mean().item(),
     }
-    fresh = mask & (batch.versions_BT == version)
+    if config.kl.used:
+        kl_B = (kl_estimate(prepared.proximal, prepared.reference, "k1") * mask).sum(1)
+        metrics["kl/ref"] = kl_B.mean().item()
+    if config.has_critic:
+        metrics["value/explained_variance"] = explained_variance(
+            prepared.values, prepared.returns, mask
+        ).item()
+        metrics["value/mean"] = masked_mean(prepared.values, mask).item()
+    if config.off_policy.weight != "none":
+        metrics["offpolicy/capped"] = _capped(batch, prepared, config)
+    fresh = prepared.computed & (batch.versions_BT == version)
     if fresh.any():
         gap = (prepared.proximal - batch.behaviour_BT).abs()
         metrics["mismatch/lag0_abs_mean"] = masked_mean(gap, fresh).item()
     return metrics
+
+
+def _capped(batch: Experience, prepared: Prepared, config: LearnConfig) -> float:
+    """Share of tokens whose importance weight was cut or rejected."""
+    mode = config.off_policy.weight
+    assert mode != "none"
+    plain = importance_ratio(prepared.proximal, batch.behaviour_BT, batch.mask_BT, mode)
+    return masked_mean((plain != prepared.weights).float(), batch.mask_BT).item()
 
 
 @torch.no_grad()
@@ -49,9 +71,10 @@ def by_age(batch: Experience, prepared: Prepared, version: int, clip: float) -> 
     The ratio r is of the proximal policy (the learner before its step) to the behaviour policy
     (the engine when it sampled). KL(behaviour || proximal) is estimated by r - 1 - log r on the
     behaviour policy's samples (k3, Schulman 2020): never negative, no bias. At lag 0 both hold
-    the same weights: what is seen there is numerical, and what is seen beyond it is drift.
+    the same weights: what is seen there is numerical, and what is seen beyond it is drift. Tokens
+    whose log-probability was taken from the engine are left out.
     """
-    mask = batch.mask_BT
+    mask = prepared.computed
     log_ratio_N = (prepared.proximal - batch.behaviour_BT)[mask]
     ages_N = (version - batch.versions_BT)[mask]
     ratio_N = log_ratio_N.exp()

@@ -37,10 +37,11 @@ class BadRecording(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """One step: its number, what the learner was given (tokens of versions before `oldest` were
-    left out of the gradient), and the weights' digest after it."""
+    """One step: its number, how many the run was to have, what the learner was given (tokens of
+    versions before `oldest` were left out of the gradient), and the weights' digest after it."""
 
     step: int
+    total_steps: int
     batch: Experience
     oldest: int
     digest: str
@@ -56,7 +57,9 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
             self._bytes = sum(path.stat().st_size for path in folder.iterdir())
 
-    def keep(self, step: int, batch: Experience, oldest: int, *modules: nn.Module) -> None:
+    def keep(
+        self, step: int, total_steps: int, batch: Experience, oldest: int, *modules: nn.Module
+    ) -> None:
         """Record a step after it was taken. A full recording stays as it is."""
         if self._folder is None:
             return
@@ -66,7 +69,12 @@ class Recorder:
             self._folder = None
             return
         path = _path(self._folder, step)
-        meta = {"step": str(step), "oldest": str(oldest), "digest": digest(*modules)}
+        meta = {
+            "step": str(step),
+            "total_steps": str(total_steps),
+            "oldest": str(oldest),
+            "digest": digest(*modules),
+        }
         try:
             self._bytes += _write(path, batch, meta)
         except (OSError, SafetensorError) as error:  # a full disk, say: the run is worth more
@@ -127,6 +135,7 @@ def _load(path: Path, step: int) -> Recorded:
             batch = Experience(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             return Recorded(
                 step=int(meta["step"]),
+                total_steps=int(meta["total_steps"]),
                 batch=batch,
                 oldest=int(meta["oldest"]),
                 digest=meta["digest"],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrl.learn.learner import PPOLearner
+from distrl.learn.learner import PolicyLearner
 from distrl.learn.record import digest, recorded
 from distrl.learn.spec import LearnerSpec
 
@@ -38,15 +38,16 @@ def replay(
     Stops at the first step after which the weights differ: all later ones would. `on_step` is
     told of each step, and whether its weights are equal. Raises BadRecording.
     """
-    learner = PPOLearner(spec)
+    learner = PolicyLearner(spec)
     steps, expected, found = 0, "", ""
     try:
         for kept in recorded(recording):
             if until is not None and kept.step > until:
                 break
+            learner.total_steps = kept.total_steps
             learner.learn_from(kept.batch, kept.oldest)
             steps, expected = kept.step, kept.digest
-            found = digest(learner.policy, learner.critic)
+            found = digest(*learner.networks.trained)
             on_step(steps, found == expected)
             if found != expected:
                 return Replayed(steps=steps, differs=steps, expected=expected, found=found)

@@ -16,11 +16,13 @@ class LearnerSpec:
         policy: Hugging Face folder that the policy starts from; also the frozen reference.
         reward_model: folder that the critic starts from; None: from the policy's body.
         config: the `learn` section.
-        total_steps: learner steps of the run, for the schedule.
+        total_steps, total_samples: of the run, for schedules.
+        longest: tokens that a response may have.
         temperature: of sampling; log-probabilities are of logits / temperature.
         canary_tokens: length of the probe that proves a sync.
         scratch: folder where the batch of a non-finite step is kept.
         recording: folder where every step is recorded for a replay; None: nowhere.
+        pretrain: examples for PPO-ptx (`pretrain.py`); None: no such gradient.
         threads: CPU threads; None leaves torch's choice.
     """
 
@@ -28,9 +30,12 @@ class LearnerSpec:
     reward_model: Path | None
     config: LearnConfig
     total_steps: int
+    total_samples: int
+    longest: int
     temperature: float
     seed: int
     canary_tokens: int
     scratch: Path
     recording: Path | None = None
+    pretrain: Path | None = None
     threads: int | None = None

@@ -64,14 +64,22 @@ class ScalarModel(nn.Module):
         body = cast(PreTrainedModel, policy.base_model)
         return cls(copy.deepcopy(body), seed, zero_head=zero_head)
 
+    @classmethod
+    def upon(cls, policy: PreTrainedModel) -> ScalarModel:
+        """A head on the policy's own body, which both then share; it answers 0 at first."""
+        return cls(cast(PreTrainedModel, policy.base_model), zero_head=True)
+
     def forward(self, ids_BT: Tensor) -> Tensor:
         """values_BT, float32, on the normalised scale; `ids_BT` right-padded.
 
         `reward` and `values` come through here, so that a sharded model's hooks run.
         """
-        hidden_BTD = self.body(input_ids=ids_BT, use_cache=False).last_hidden_state
-        raw_BT = self.head(hidden_BTD.to(self.head.weight.dtype)).squeeze(-1).float()
-        return self.gain * raw_BT + self.bias
+        return self.on(self.body(input_ids=ids_BT, use_cache=False).last_hidden_state)
+
+    def on(self, hidden: Tensor) -> Tensor:
+        """The number at each of the body's hidden states, [..., D] -> [...]."""
+        raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+        return self.gain * raw + self.bias
 
     def values(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """values_BT: a value after reading each token; 0 at and beyond the row's length."""

@@ -9,14 +9,15 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from distrl.config import ConfigError, RewardPart, ScoreConfig
+from distrl.config import ConfigError, OverlongConfig, RewardPart, ScoreConfig
 from distrl.models import best_device
 from distrl.records import Rollout, Sample, Score, ScoredRollout
 from distrl.roles import ScoreFailed
 from distrl.score.model import ModelReward
 from distrl.score.rules import RuleReward
 
-PENALTY = "missing_eos_penalty"
+PENALTY, OVERLONG = "missing_eos_penalty", "overlong"
+NO_PENALTY = OverlongConfig()
 
 
 class Reward(Protocol):
@@ -30,8 +31,9 @@ class Reward(Protocol):
 class RewardSum:
     """value = Σ weight · part, plus the penalty where the response was cut by length.
 
-    Parts are kept as their rewards gave them, before their weights; the penalty stands
-    among them wherever one is set, as 0 for a response that ended itself.
+    Parts are kept as their rewards gave them, before their weights; a penalty (for a response
+    without an end, for an overlong one) stands among them wherever it is set, as 0 where it is not
+    due.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class RewardSum:
         rewards: Sequence[Reward],
         weights: Mapping[str, float],
         missing_eos_penalty: float | None = None,
+        overlong: OverlongConfig = NO_PENALTY,
     ) -> None:
         self.rewards = tuple(rewards)
         self.weights = dict(weights)
         self.missing_eos_penalty = missing_eos_penalty
+        self.overlong = overlong
 
     @classmethod
     def of(cls, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> RewardSum:
@@ -57,12 +61,12 @@ class RewardSum:
                 "score.parts is empty and no reward model was put in its place; name one, or "
                 "train one with 'distrl reward-model'"
             )
-        twice = {name for name in names if names.count(name) > 1 or name == PENALTY}
+        twice = {name for name in names if names.count(name) > 1 or name in (PENALTY, OVERLONG)}
         if twice:
             raise ConfigError(f"score.parts: the name {twice.pop()!r} is taken; choose another")
         weights = {part.name: part.weight for part in config.parts}
         rewards = [_reward(part, config, tokenizer) for part in config.parts]
-        return cls(rewards, weights, config.missing_eos_penalty)
+        return cls(rewards, weights, config.missing_eos_penalty, config.overlong)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | ScoreFailed]:
         """Each group scored, or the first failure among its parts."""
@@ -84,16 +88,26 @@ class RewardSum:
         for i, sample in enumerate(rollout.samples):
             mine = {name: values[i] for name, values in numbers.items()}
             value = sum(self.weights[name] * part for name, part in mine.items())
-            penalty = self._penalty(sample)
-            if not math.isfinite(value + sum(penalty.values())):
+            penalties = self._penalties(sample)
+            if not math.isfinite(value + sum(penalties.values())):
                 return ScoreFailed(f"the weighted sum of {mine} is not finite")
-            scores.append(Score(value=value + sum(penalty.values()), parts={**mine, **penalty}))
+            scores.append(Score(value=value + sum(penalties.values()), parts={**mine, **penalties}))
         return ScoredRollout(rollout=rollout, scores=tuple(scores))
 
-    def _penalty(self, sample: Sample) -> dict[str, float]:
-        if self.missing_eos_penalty is None:
-            return {}
-        return {PENALTY: self.missing_eos_penalty if sample.finish_reason == "length" else 0.0}
+    def _penalties(self, sample: Sample) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if self.missing_eos_penalty is not None:
+            cut = sample.finish_reason == "length"
+            found[PENALTY] = self.missing_eos_penalty if cut else 0.0
+        if self.overlong.penalty:
+            found[OVERLONG] = overlong_penalty(len(sample.token_ids), self.overlong)
+        return found
+
+
+def overlong_penalty(tokens: int, config: OverlongConfig) -> float:
+    """0 up to `start` tokens, falling on a line to -penalty at `full` (Yu et al. 2025, eq. 13)."""
+    beyond = (tokens - config.start) / (config.full - config.start)
+    return -config.penalty * min(max(beyond, 0.0), 1.0)
 
 
 def with_default_part(config: ScoreConfig, reward_model: Path) -> ScoreConfig:

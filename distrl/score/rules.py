@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
-from distrl.config import ConfigError
+from distrl.config import resolve
 from distrl.records import Rollout
 from distrl.roles import ScoreFailed
 
@@ -23,7 +21,7 @@ class RuleReward:
         """Resolve `path`; ConfigError says which half of it is not there."""
         self.name = name
         self.path = path
-        self._function = resolve(path)
+        self._function = resolve(path, "reward function")
 
     def scores(self, rollouts: Sequence[Rollout]) -> list[list[float] | ScoreFailed]:
         """For each group a number a sample, or the failure of that group alone."""
@@ -49,28 +47,3 @@ class RuleReward:
         return ScoreFailed(
             f"reward {self.name!r} ({self.path}) {what}; prompt {rollout.prompt.prompt_id!r}"
         )
-
-
-def resolve(path: str) -> Callable[..., float]:
-    """The function that 'module:function' names. Raises ConfigError with the fix."""
-    module_name, _, name = path.partition(":")
-    if not (module_name and name):
-        raise ConfigError(f"reward function {path!r} is not of the form module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"reward function {path!r}: cannot import {module_name} ({error}); install it, or put "
-            "its folder on PYTHONPATH on every machine that scores"
-        ) from error
-    function = getattr(module, name, None)
-    if function is None:
-        there = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
-        raise ConfigError(
-            f"reward function {path!r}: {module_name} has no {name}; it has {', '.join(there[:10])}"
-        )
-    if not callable(function):
-        raise ConfigError(
-            f"reward function {path!r} is a {type(function).__name__}, not a function"
-        )
-    return cast(Callable[..., float], function)

@@ -61,7 +61,7 @@ def test_a_failed_logprob_stays_visible():
 
 def test_refusals():
     ones = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="token, sequence; got 'group'"):
+    with pytest.raises(ValueError, match="token, sequence, geometric; got 'group'"):
         importance_weights(ones, ones, ones, "group")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="cap must be positive"):
         importance_weights(ones, ones, ones, cap=0.0)

@@ -135,9 +135,9 @@ def test_the_critics_start(tmp_path: Path) -> None:
     rule = {"name": "rule", "function": "m:f"}
     parts = [rule, {"name": "rm", "model": "there"}]
     assert reward_model_folder(config(tmp_path, score={"parts": parts})) == Path("there")
-    with pytest.raises(ConfigError, match=r"learn\.value_from=policy"):
+    with pytest.raises(ConfigError, match=r"learn\.value\.start=policy"):
         reward_model_folder(config(tmp_path, score={"parts": [rule]}))
-    fixed = config(tmp_path, score={"parts": [rule]}, learn={"value_from": "policy"})
+    fixed = config(tmp_path, score={"parts": [rule]}, learn={"value": {"start": "policy"}})
     assert reward_model_folder(fixed) is None
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl.config import LearnConfig
-from distrl.learn import learner as learner_module
-from distrl.learn.learner import LocalLearner, PPOLearner
+from distrl.learn.learner import LocalLearner, PolicyLearner
 from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import StateMismatch
+from distrl.learn.update import Update
 from distrl.metrics.names import unknown_names
 from distrl.models import sample
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
@@ -31,19 +31,21 @@ QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
 def new_learner(tiny_policy, tmp_path):
     made = []
 
-    def make(total_steps: int = 10, **config) -> PPOLearner:
+    def make(total_steps: int = 10, **config) -> PolicyLearner:
         spec = LearnerSpec(
             policy=tiny_policy,
             reward_model=None,
             config=LearnConfig.model_validate(QUICK | config),
             total_steps=total_steps,
+            total_samples=12 * total_steps,
+            longest=12,
             temperature=1.0,
             seed=3,
             canary_tokens=8,
             scratch=tmp_path / "scratch",
             threads=1,
         )
-        made.append(PPOLearner(spec))
+        made.append(PolicyLearner(spec))
         return made[-1]
 
     yield make
@@ -51,27 +53,26 @@ def new_learner(tiny_policy, tmp_path):
         learner.close()
 
 
-def weights(learner: PPOLearner) -> list[torch.Tensor]:
-    modules = (learner.policy, learner.critic)
-    return [p.detach().clone() for m in modules for p in m.parameters()]
+def weights(learner: PolicyLearner) -> list[torch.Tensor]:
+    return [p.detach().clone() for m in learner.networks.trained for p in m.parameters()]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def poison(learner: PPOLearner, monkeypatch, *, times: int) -> None:
+def poison(learner: PolicyLearner, monkeypatch, *, times: int) -> None:
     """Make the gradients of the next minibatches NaN."""
-    backward, left = learner_module.backward, [times]
+    backward, left = Update.backward, [times]
 
-    def poisoned(batch, prepared, index, policy, critic, *rest):
-        report = backward(batch, prepared, index, policy, critic, *rest)
+    def poisoned(update, *args):
+        report = backward(update, *args)
         if left[0] > 0:
             left[0] -= 1
-            policy.get_input_embeddings().weight.grad[5, 5] = math.nan
+            update.networks.policy.get_input_embeddings().weight.grad[5, 5] = math.nan
         return report
 
-    monkeypatch.setattr(learner_module, "backward", poisoned)
+    monkeypatch.setattr(Update, "backward", poisoned)
 
 
 # -- steps ----------------------------------------------------------------------------
@@ -79,13 +80,15 @@ def poison(learner: PPOLearner, monkeypatch, *, times: int) -> None:
 
 def test_a_step_changes_the_weights_and_the_version(new_learner, make_groups):
     learner = new_learner()
-    before, reference = weights(learner), learner.reference.state_dict()
+    before, reference = weights(learner), learner.networks.reference.state_dict()
     reference = {name: tensor.clone() for name, tensor in reference.items()}
     report = learner.learn(make_groups(seed=1))
     assert (report.step, report.version, report.skipped) == (1, 1, False)
     after = weights(learner)
     assert sum(not torch.equal(x, y) for x, y in zip(before, after, strict=True)) > 20
-    assert all(torch.equal(t, reference[n]) for n, t in learner.reference.state_dict().items())
+    assert all(
+        torch.equal(t, reference[n]) for n, t in learner.networks.reference.state_dict().items()
+    )
     assert learner.learn(make_groups(seed=2)).version == 2
 
 
@@ -118,7 +121,7 @@ def test_the_learning_rate_is_that_of_the_step(new_learner, make_groups):
     learner = new_learner(total_steps=4, schedule="linear", warmup_steps=2)
     rates = [learner.learn(make_groups(seed=1)).metrics["learn/lr"] for _ in range(4)]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 0.5e-3])
-    (group,) = learner.critic_optimizer.param_groups
+    (group,) = learner.optimizers[1].param_groups
     assert group["lr"] == pytest.approx(0.5e-3)
 
 
@@ -161,9 +164,9 @@ def test_a_loss_that_is_not_finite_is_not_applied_even_where_its_gradient_is(
 ):
     learner = new_learner()
     before = weights(learner)
-    backward = learner_module.backward
+    backward = Update.backward
     monkeypatch.setattr(
-        learner_module,
+        Update,
         "backward",
         lambda *args: dataclasses.replace(backward(*args), policy_loss=math.inf),
     )
@@ -245,8 +248,8 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
     assert untimed(report) == untimed(last)
     assert (report.step, report.version) == (last.step, last.version) == (4, 4)
     for mine, theirs in (
-        (resumed.policy_optimizer, unbroken.policy_optimizer),
-        (resumed.critic_optimizer, unbroken.critic_optimizer),
+        (resumed.optimizers[0], unbroken.optimizers[0]),
+        (resumed.optimizers[1], unbroken.optimizers[1]),
     ):
         moments = [theirs.state_dict()["state"], mine.state_dict()["state"]]
         for place, state in moments[0].items():
@@ -314,7 +317,9 @@ LIKED = slice(100, 150)
 """A sixth of the vocabulary: the reward of a response is the share of its tokens in it."""
 
 
-def roll(learner: PPOLearner, step: int, groups: int = 16, samples: int = 4) -> list[ScoredRollout]:
+def roll(
+    learner: PolicyLearner, step: int, groups: int = 16, samples: int = 4
+) -> list[ScoredRollout]:
     """What a generator and a scorer would make, in this process."""
     rng = np.random.default_rng((1, step))
     prompts = [rng.integers(3, 300, 4, dtype=np.int32) for _ in range(groups)]
@@ -342,7 +347,7 @@ def roll(learner: PPOLearner, step: int, groups: int = 16, samples: int = 4) -> 
 
 
 @torch.no_grad()
-def stamped(learner: PPOLearner, prompt: np.ndarray, answer: np.ndarray) -> Sample:
+def stamped(learner: PolicyLearner, prompt: np.ndarray, answer: np.ndarray) -> Sample:
     ids = torch.from_numpy(np.concatenate([prompt, answer])).long()
     logprobs = torch.log_softmax(learner.policy(ids[None]).logits[0, len(prompt) - 1 : -1], -1)
     return Sample(
@@ -357,9 +362,7 @@ def stamped(learner: PPOLearner, prompt: np.ndarray, answer: np.ndarray) -> Samp
 @pytest.mark.slow
 def test_reward_rises(new_learner):
     """From chance (1/6) to half and more in 15 steps of 64 samples, by PPO alone."""
-    learner = new_learner(
-        total_steps=15, lr=3e-3, critic_lr=3e-3, epochs=2, lam=0.95, kl={"coef": 0.001}
-    )
+    learner = new_learner(total_steps=15, lr=3e-3, critic_lr=3e-3, epochs=2, kl={"coef": 0.001})
     metrics = [learner.learn(roll(learner, step)).metrics for step in range(15)]
     rewards = [m["reward/liked"] for m in metrics]
     print("reward", [round(r, 2) for r in rewards], "kl", [round(m["kl/ref"], 2) for m in metrics])

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from distrl.config import LearnConfig
 from distrl.learn import record
-from distrl.learn.learner import PPOLearner
+from distrl.learn.learner import PolicyLearner
 from distrl.learn.record import BadRecording, digest, recorded
 from distrl.learn.replay import replay
 from distrl.learn.spec import LearnerSpec
@@ -24,6 +24,8 @@ def spec(tiny_policy, tmp_path):
             reward_model=None,
             config=LearnConfig.model_validate(learn),
             total_steps=10,
+            total_samples=120,
+            longest=12,
             temperature=1.0,
             seed=3,
             canary_tokens=8,
@@ -39,10 +41,10 @@ def spec(tiny_policy, tmp_path):
 def recording(spec, make_groups, tmp_path):
     """Four recorded steps under an adaptive leash, and the digest of the weights after them."""
     folder = tmp_path / "recording"
-    learner = PPOLearner(spec(folder, kl={"kind": "adaptive", "target": 0.1, "horizon": 100}))
+    learner = PolicyLearner(spec(folder, kl={"kind": "adaptive", "target": 0.1, "horizon": 100}))
     for seed in range(4):
         learner.learn(make_groups(seed=seed), oldest=0)
-    final = digest(learner.policy, learner.critic)
+    final = digest(*learner.networks.trained)
     learner.close()
     return folder, final
 
@@ -91,25 +93,25 @@ def test_a_recording_that_cannot_be_read_says_where(spec, recording):
 
 def test_a_resume_forgets_the_steps_it_takes_anew(spec, recording, make_groups, tmp_path):
     folder, _ = recording
-    saver = PPOLearner(spec(**ADAPTIVE))
+    saver = PolicyLearner(spec(**ADAPTIVE))
     for kept in recorded(folder):
         saver.learn_from(kept.batch)
         if kept.step == 2:
             break
     saver.save(tmp_path / "saved")
     saver.close()
-    resumed = PPOLearner(spec(folder, **ADAPTIVE))
+    resumed = PolicyLearner(spec(folder, **ADAPTIVE))
     resumed.load(tmp_path / "saved")
     assert [kept.step for kept in recorded(folder)] == [1, 2]
     resumed.learn(make_groups(seed=9))
-    final = digest(resumed.policy, resumed.critic)
+    final = digest(*resumed.networks.trained)
     resumed.close()
     done = replay(spec(**ADAPTIVE), folder)
     assert (done.steps, done.differs, done.found) == (3, None, final)
 
 
 def test_a_recording_is_bounded_in_bytes_and_can_be_off(spec, make_groups, tmp_path):
-    small = PPOLearner(spec(tmp_path / "small", record_mib=0.02))
+    small = PolicyLearner(spec(tmp_path / "small", record_mib=0.02))
     for seed in range(8):
         small.learn(make_groups(seed=seed))
     small.close()
@@ -117,7 +119,7 @@ def test_a_recording_is_bounded_in_bytes_and_can_be_off(spec, make_groups, tmp_p
     assert 0 < size <= 0.02 * 2**20
     steps = [kept.step for kept in recorded(tmp_path / "small")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) < 8
-    off = PPOLearner(spec(tmp_path / "off", record=False))
+    off = PolicyLearner(spec(tmp_path / "off", record=False))
     off.learn(make_groups(seed=1))
     off.close()
     assert not (tmp_path / "off").exists()
@@ -129,7 +131,7 @@ def test_a_disk_that_refuses_ends_the_recording_and_not_the_run(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    learner = PPOLearner(spec(tmp_path / "recording"))
+    learner = PolicyLearner(spec(tmp_path / "recording"))
     learner.learn(make_groups(seed=1))
     monkeypatch.setattr(record, "save_file", full)
     assert learner.learn(make_groups(seed=2)).version == 2
@@ -142,7 +144,7 @@ def test_a_disk_that_refuses_ends_the_recording_and_not_the_run(
 
 def test_masked_tokens_are_out_of_the_gradient_and_in_the_replay(spec, make_groups, tmp_path):
     """With every token too old but those of version 0 upwards, nothing is learnt."""
-    learner = PPOLearner(spec(tmp_path / "masked"))
+    learner = PolicyLearner(spec(tmp_path / "masked"))
     before = digest(learner.policy)
     learner.learn(make_groups(seed=1), oldest=10**6)
     assert digest(learner.policy) == before, "no token reached the gradient"

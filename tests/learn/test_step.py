@@ -1,4 +1,4 @@
-"""One PPO step against the formulas, written out slowly for single sequences."""
+"""One learner step against the formulas, written out slowly for single sequences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ import torch
 
 from distrl.config import LearnConfig
 from distrl.learn.experience import to_experience
-from distrl.learn.ppo import backward, minibatches, prepare
+from distrl.learn.networks import Networks
+from distrl.learn.prepare import prepare
+from distrl.learn.update import Prices, Update, minibatches
 from distrl.models import ScalarModel, load_policy
 from distrl.records import RolloutBatch
 
-TEMPERATURE, KL_COEF = 0.8, 0.3
+TEMPERATURE, KL_COEF, LONGEST = 0.8, 0.3, 12
+PRICES = Prices()
+
+
+def learn(**settings):
+    return LearnConfig.model_validate(settings)
 
 
 def shake(module, seed, std=0.02):
@@ -47,19 +54,24 @@ def batch(make_groups, models):
 
 
 def prepared_for(batch, models, config):
+    return prepare(batch, networks(models), config, temperature=TEMPERATURE, kl_coef=KL_COEF)
+
+
+def networks(models):
     policy, reference, critic = models
-    return prepare(
-        batch, policy, reference, critic, config, temperature=TEMPERATURE, kl_coef=KL_COEF
-    )
+    return Networks(policy=policy, reference=reference, critic=critic)
 
 
-def run_backward(batch, prepared, models, config, index=None):
+def run_backward(batch, prepared, models, config, index=None, prices=PRICES):
     """The report, and the gradients of policy and critic."""
     policy, _, critic = models
     policy.zero_grad()
     critic.zero_grad()
     index = torch.arange(len(batch)) if index is None else index
-    report = backward(batch, prepared, index, policy, critic, config, TEMPERATURE)
+    update = Update(
+        networks=networks(models), config=config, temperature=TEMPERATURE, longest=LONGEST
+    )
+    report = update.backward(batch, prepared, index, prices)
     return report, [p.grad.clone() for m in (policy, critic) for p in m.parameters()]
 
 
@@ -101,8 +113,8 @@ def slow_prepare(batch, models, config):
         rewards = [-KL_COEF * (logp[t] - ref[t]) for t in range(n)]
         rewards[-1] += batch.scores_B[row].item()
         after = [*values[1:], 0.0]
-        delta = [rewards[t] + config.gamma * after[t] - values[t] for t in range(n)]
-        decay = config.gamma * config.lam
+        delta = [rewards[t] + config.advantage.gamma * after[t] - values[t] for t in range(n)]
+        decay = config.advantage.gamma * config.advantage.lam
         advantages = [sum(decay ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
         behaviour = batch.behaviour_BT[row].tolist()
         made["proximal"].append(logp)
@@ -111,7 +123,7 @@ def slow_prepare(batch, models, config):
         made["advantages"].append(advantages)
         made["returns"].append([advantages[t] + values[t] for t in range(n)])
         made["weights"].append(
-            [min(math.exp(logp[t] - behaviour[t]), config.importance_cap) for t in range(n)]
+            [min(math.exp(logp[t] - behaviour[t]), config.off_policy.cap) for t in range(n)]
         )
     everything = np.concatenate(made["advantages"])
     scale = math.sqrt(everything.var() + 1e-8)
@@ -129,16 +141,16 @@ def slow_losses(batch, models, config, known):
         for t in range(len(answer)):
             a, w = known["advantages"][row][t], known["weights"][row][t]
             ratio = (logp[t] - known["proximal"][row][t]).exp()
-            bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
+            bounded = ratio.clamp(1 - config.objective.clip_low, 1 + config.objective.clip_high)
             clipped += int((bounded * a < ratio * a).item())
             surrogate.append(-w * torch.minimum(ratio * a, bounded * a))
             old, target = known["values"][row][t], known["returns"][row][t]
-            near = values[t].clamp(old - config.value_clip, old + config.value_clip)
+            near = values[t].clamp(old - config.value.clip, old + config.value.clip)
             errors.append(0.5 * torch.maximum((values[t] - target) ** 2, (near - target) ** 2))
             entropies.append(entropy[t])
     mean = lambda xs: torch.stack(xs).mean()  # noqa: E731
     policy_loss = mean(surrogate)
-    bonus = config.entropy_bonus * mean(entropies)
+    bonus = config.objective.entropy_bonus * mean(entropies)
     return policy_loss, bonus, mean(errors), clipped / len(surrogate)
 
 
@@ -147,7 +159,7 @@ def slow_losses(batch, models, config, known):
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5)])
 def test_what_is_prepared_equals_the_formulas(models, batch, gamma, lam):
-    config = LearnConfig(gamma=gamma, lam=lam, micro_tokens=40)
+    config = learn(advantage={"gamma": gamma, "lam": lam}, micro_tokens=40)
     prepared = prepared_for(batch, models, config)
     for name, rows in slow_prepare(batch, models, config).items():
         tensor = getattr(prepared, name)
@@ -155,12 +167,12 @@ def test_what_is_prepared_equals_the_formulas(models, batch, gamma, lam):
             got = tensor[row, : len(expected)]
             assert got.tolist() == pytest.approx(expected, abs=2e-4, rel=1e-4), name
             assert not tensor[row, len(expected) :].any(), f"{name} is 0 on padding"
-    capped = (prepared.weights == config.importance_cap).sum()
+    capped = (prepared.weights == config.off_policy.cap).sum()
     assert 0 < capped < batch.mask_BT.sum()
 
 
 def test_losses_and_gradients_equal_the_formulas(models, batch):
-    config = LearnConfig(entropy_bonus=0.05, micro_tokens=40)
+    config = learn(objective={"entropy_bonus": 0.05}, micro_tokens=40)
     prepared = prepared_for(batch, models, config)
     known = slow_prepare(batch, models, config)
     policy, _, critic = models
@@ -172,7 +184,7 @@ def test_losses_and_gradients_equal_the_formulas(models, batch):
     policy_loss, bonus, value_loss, clipped = slow_losses(batch, models, config, known)
     (policy_loss - bonus + value_loss).backward()
     expected = [p.grad for m in (policy, critic) for p in m.parameters()]
-    assert report.policy_loss == pytest.approx(policy_loss.item(), abs=1e-4)
+    assert report.policy_loss == pytest.approx((policy_loss - bonus).item(), abs=1e-4)
     assert report.value_loss == pytest.approx(value_loss.item(), rel=1e-4)
     assert report.clip_fraction == pytest.approx(clipped) and 0 < clipped < 1
     assert 0 < report.value_clip_fraction < 1 and report.approx_kl > 0
@@ -183,7 +195,7 @@ def test_losses_and_gradients_equal_the_formulas(models, batch):
 def test_gradients_do_not_depend_on_how_a_minibatch_is_cut(models, batch):
     made = []
     for micro_tokens in (20, 47, 4096):
-        config = LearnConfig(entropy_bonus=0.05, micro_tokens=micro_tokens)
+        config = learn(objective={"entropy_bonus": 0.05}, micro_tokens=micro_tokens)
         made.append(run_backward(batch, prepared_for(batch, models, config), models, config))
     (report, grads), *others = made
     for other_report, other_grads in others:
@@ -217,7 +229,7 @@ def test_on_policy_the_first_ratio_is_one_and_so_are_the_weights(models, batch):
 
 
 def test_rewards_and_advantages_are_whitened_as_asked(models, batch):
-    plain = prepared_for(batch, models, LearnConfig(whiten_advantages=False))
+    plain = prepared_for(batch, models, learn(advantage={"whiten": False}))
     white = prepared_for(batch, models, LearnConfig())
     mask = batch.mask_BT
     assert white.advantages[mask].mean().abs() < 1e-5
@@ -225,7 +237,7 @@ def test_rewards_and_advantages_are_whitened_as_asked(models, batch):
     torch.testing.assert_close(plain.returns, plain.advantages + plain.values)
     torch.testing.assert_close(plain.returns, white.returns)
     assert plain.advantages[mask].mean().abs() > 1e-2
-    rewards = prepared_for(batch, models, LearnConfig(whiten_rewards=True))
+    rewards = prepared_for(batch, models, learn(advantage={"whiten_rewards": True}))
     assert not torch.allclose(rewards.returns, white.returns)
 
 

@@ -1,0 +1,33 @@
+"""What a configuration names as `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from distrl.config.base import ConfigError
+
+
+def resolve(path: str, what: str) -> Callable[..., Any]:
+    """The function that 'module:function' names. Raises ConfigError that says which half of it is
+    not there; `what` it should be stands in the message."""
+    module_name, _, name = path.partition(":")
+    if not (module_name and name):
+        raise ConfigError(f"{what} {path!r} is not of the form module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} {path!r}: cannot import {module_name} ({error}); install it, or put its "
+            "folder on PYTHONPATH on every machine"
+        ) from error
+    function = getattr(module, name, None)
+    if function is None:
+        there = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
+        raise ConfigError(
+            f"{what} {path!r}: {module_name} has no {name}; it has {', '.join(there[:10])}"
+        )
+    if not callable(function):
+        raise ConfigError(f"{what} {path!r} is a {type(function).__name__}, not a function")
+    return function

@@ -1,0 +1,265 @@
+"""The section of the learner. Its parts can be combined freely; a preset is one combination.
+
+What is named by `kind` is either built in or of the form `module:function`, which is how an
+algorithm of one's own comes in (`learn/advantages.py` and `learn/objectives.py` say what such a
+function is given and answers).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from distrl.config.base import ConfigError, Section
+
+ADVANTAGES = ("gae", "group", "returns")
+OBJECTIVES = ("clip", "sequence", "capped_weight", "kl_penalty", "policy_gradient")
+
+
+def _known(kind: str, built_in: tuple[str, ...], field: str) -> str:
+    if kind not in built_in and not re.fullmatch(r"[\w.]+:\w+", kind):
+        raise ConfigError(
+            f"{field}={kind!r}: choose one of {', '.join(built_in)}, or name a function of your "
+            "own as module:function"
+        )
+    return kind
+
+
+class AdvantageConfig(Section):
+    """How much better a response was than expected, and than what."""
+
+    kind: str = Field(
+        default="gae",
+        description="gae: by a critic (PPO, A2C); group: against the prompt's other samples (GRPO, "
+        "RLOO); returns: rewards to come (REINFORCE); or module:function",
+    )
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
+    lam: float = Field(
+        default=0.95, ge=0, le=1, description="gae: 1 trusts returns alone, 0 the critic alone"
+    )
+    baseline: Literal["mean", "leave_one_out", "none"] = Field(
+        default="mean", description="group: what a sample's reward is held against"
+    )
+    scale: Literal["std", "none"] = Field(
+        default="std", description="group: divide by the group's deviation (GRPO), or do not"
+    )
+    whiten: bool = Field(default=True, description="bring the batch to mean 0 and variance 1")
+    whiten_rewards: bool = Field(
+        default=False, description="scale rewards to variance 1 first; their mean stays"
+    )
+
+    _check_kind = field_validator("kind")(
+        lambda kind: _known(kind, ADVANTAGES, "learn.advantage.kind")
+    )
+
+
+class ObjectiveConfig(Section):
+    """What the policy's update minimises."""
+
+    kind: str = Field(
+        default="clip",
+        description="clip: PPO; sequence: GSPO; capped_weight: CISPO; kl_penalty: PPO with a KL "
+        "price instead of a clip; policy_gradient: REINFORCE, A2C; or module:function",
+    )
+    clip_low: float = Field(default=0.2, ge=0, description="a ratio may fall to 1 - this")
+    clip_high: float = Field(default=0.2, ge=0, description="a ratio may rise to 1 + this")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="clip: bound of the ratio where the advantage is negative"
+    )
+    penalty: float = Field(
+        default=1.0, gt=0, description="kl_penalty: price of a nat between old and new policy"
+    )
+    penalty_target: float | None = Field(
+        default=None,
+        gt=0,
+        description="kl_penalty: nats a token to settle at, by doubling and halving the price",
+    )
+    aggregate: Literal["token", "sequence", "constant"] = Field(
+        default="token",
+        description="token: mean over tokens; sequence: over sequences of their mean (GRPO); "
+        "constant: sum over tokens by generate.max_new_tokens (Dr. GRPO)",
+    )
+    entropy_bonus: float = Field(
+        default=0.0, ge=0, description="worth of a nat of entropy, in the loss"
+    )
+    target_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="a step's remaining epochs and minibatches are left out once the policy is "
+        "this many nats a token from where the step began",
+    )
+
+    _check_kind = field_validator("kind")(
+        lambda kind: _known(kind, OBJECTIVES, "learn.objective.kind")
+    )
+
+
+class OffPolicyConfig(Section):
+    """What is done about tokens that an older policy sampled."""
+
+    anchor: Literal["proximal", "behaviour"] = Field(
+        default="proximal",
+        description="the policy that ratios are taken from: the learner's before the step "
+        "(decoupled PPO), or the one that sampled (PPO as it was)",
+    )
+    weight: Literal["token", "sequence", "geometric", "none"] = Field(
+        default="token", description="importance of the proximal over the behaviour policy"
+    )
+    cap: float = Field(default=2.0, gt=0, description="largest weight")
+    floor: float = Field(default=0.0, ge=0, description="smallest weight")
+    reject: bool = Field(
+        default=False, description="what is beyond cap and floor weighs 0 instead of being cut"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OffPolicyConfig:
+        if self.floor > self.cap:
+            raise ConfigError(f"off_policy.floor={self.floor} is above off_policy.cap={self.cap}")
+        return self
+
+
+class ValueConfig(Section):
+    """The critic, where advantages need one."""
+
+    start: Literal["reward_model", "policy"] = Field(
+        default="reward_model",
+        description="what it starts from; policy: the policy's body with a new head",
+    )
+    trunk: Literal["separate", "shared"] = Field(
+        default="separate", description="shared: one more head on the policy, trained with it"
+    )
+    clip: float | None = Field(
+        default=0.2,
+        gt=0,
+        description="largest move of a value that its loss rewards; None: no bound",
+    )
+    coef: float = Field(
+        default=0.1, gt=0, description="shared: weight of the value loss beside the policy's"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="first steps in which the critic alone learns"
+    )
+
+
+class KLConfig(Section):
+    """The leash: what leaving the SFT policy costs."""
+
+    place: Literal["reward", "loss"] = Field(
+        default="reward",
+        description="reward: from each token's reward (InstructGPT); loss: beside the "
+        "objective (GRPO)",
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="loss: estimator of a token's KL (Schulman 2020)"
+    )
+    kind: Literal["fixed", "adaptive", "linear"] = Field(
+        default="fixed",
+        description="adaptive: the price follows the measured KL (Ziegler et al. 2019); linear: "
+        "it goes from coef to final over the run",
+    )
+    coef: float = Field(default=0.05, ge=0, description="price of a nat of KL to the SFT policy")
+    final: float = Field(default=0.0, ge=0, description="linear: the price at the run's end")
+    target: float = Field(default=6.0, gt=0, description="adaptive: nats a response to settle at")
+    horizon: int = Field(default=10_000, ge=1, description="adaptive: samples to move by about e")
+    watch: bool = Field(
+        default=True,
+        description="measure the KL to the SFT policy even where it costs nothing",
+    )
+
+    @property
+    def used(self) -> bool:
+        """Whether anybody asks for the reference's log-probabilities."""
+        return self.watch or self.kind != "fixed" or self.coef > 0
+
+
+class PretrainConfig(Section):
+    """PPO-ptx: the language-modelling gradient mixed in (Ouyang et al. 2022, eq. 2)."""
+
+    coef: float = Field(
+        default=0.0, ge=0, description="gamma, the weight of its loss a token; 0: none"
+    )
+    sequences: int = Field(
+        default=8, ge=1, description="SFT examples of each optimizer step, in order and round"
+    )
+
+
+class LearnConfig(Section):
+    """The learner: policy optimisation on scored rollouts."""
+
+    cpus: float = Field(default=1, ge=0, description="CPU cores of the learner")
+    gpus: float = Field(default=0, ge=0, description="GPUs of the learner")
+    lr: float = Field(default=3e-4, gt=0, description="policy's peak learning rate")
+    critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="course of both learning rates after the warm-up"
+    )
+    warmup_steps: int = Field(default=2, ge=0, description="learner steps of linear warm-up")
+    epochs: int = Field(default=1, ge=1, description="passes over a batch")
+    minibatches: int = Field(default=2, ge=1, description="optimizer steps a pass")
+    micro_tokens: int = Field(
+        default=4096, ge=16, description="padded tokens of a forward-backward pass"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of each gradient")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
+    adam_betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="decay of Adam's two moments"
+    )
+    adam_eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon")
+    adam_epsilon_in: Literal["torch", "tf"] = Field(
+        default="torch",
+        description="tf: epsilon beside the uncorrected second moment, as in the OpenAI recipes; "
+        "their 1e-5 bites far harder there while gradients are small",
+    )
+    trust_engine_logprobs: bool = Field(
+        default=False,
+        description="tokens of the present weights keep the engine's log-probabilities as the "
+        "proximal ones; a sixteenth is computed all the same, to check them",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an average of the policy's weights, exported in its place",
+    )
+    max_skips: int = Field(
+        default=3, ge=1, description="non-finite steps in a row before the run stops"
+    )
+    record: bool | None = Field(
+        default=None,
+        description="keep every batch for 'distrl replay'; empty: where the policy has at most "
+        "20 M parameters",
+    )
+    record_mib: float = Field(default=256, gt=0, description="a recording ends at this size, MiB")
+    advantage: AdvantageConfig = AdvantageConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    off_policy: OffPolicyConfig = OffPolicyConfig()
+    value: ValueConfig = ValueConfig()
+    kl: KLConfig = KLConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnConfig:
+        off, kind = self.off_policy, self.objective.kind
+        if off.anchor == "behaviour" and off.weight != "none":
+            raise ConfigError(
+                "learn.off_policy.anchor=behaviour takes its ratios from the policy that sampled, "
+                "so there is nothing left to weight; set learn.off_policy.weight=none"
+            )
+        if kind == "sequence" and self.objective.aggregate != "sequence":
+            raise ConfigError(
+                "learn.objective.kind=sequence (GSPO) is a mean over sequences; set "
+                "learn.objective.aggregate=sequence"
+            )
+        if self.value.trunk == "shared" and self.value.start != "policy":
+            raise ConfigError(
+                "learn.value.trunk=shared puts the critic's head on the policy, so it cannot start "
+                "from the reward model; set learn.value.start=policy"
+            )
+        return self
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a critic. An algorithm of one's own does without."""
+        return self.advantage.kind == "gae"

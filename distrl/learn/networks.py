@@ -1,0 +1,64 @@
+"""The networks of a learner: the policy, what it is held to, and the critic where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distrl.config import LearnConfig
+from distrl.data.tokenizer import load_tokenizer
+from distrl.models.heads import ScalarModel
+from distrl.models.load import load_policy
+
+
+@dataclass(kw_only=True, slots=True)
+class Networks:
+    """`reference` is frozen. `critic` is None where advantages need none; where `shared`, it
+    stands on the policy's own body."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    critic: ScalarModel | None
+    shared: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        policy: Path,
+        reward_model: Path | None,
+        config: LearnConfig,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> Networks:
+        """Policy and reference from one folder, the critic from the reward model's where it is
+        given. Raises ModelError."""
+        trained = load_policy(policy, tokenizer=load_tokenizer(policy))
+        reference = load_policy(policy).requires_grad_(False)
+        critic = None
+        shared = config.has_critic and config.value.trunk == "shared"
+        if shared:
+            critic = ScalarModel.upon(trained)
+        elif config.has_critic and reward_model is not None:
+            critic = ScalarModel.load(reward_model)
+        elif config.has_critic:
+            critic = ScalarModel.from_policy(trained, seed, zero_head=True)
+        for module in (trained, reference, critic):
+            if module is not None:
+                nn.Module.to(module, device)
+        return cls(policy=trained, reference=reference, critic=critic, shared=shared)
+
+    @property
+    def critic_part(self) -> nn.Module | None:
+        """What is the critic's alone: its head where the body is shared."""
+        return self.critic.head if self.critic is not None and self.shared else self.critic
+
+    @property
+    def trained(self) -> tuple[nn.Module, ...]:
+        """What learns, each weight in one of them."""
+        mine = self.critic_part
+        return (self.policy,) if mine is None else (self.policy, mine)

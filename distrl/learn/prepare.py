@@ -1,0 +1,197 @@
+"""What a learner step knows before its first gradient.
+
+Order of operations (Ouyang et al. 2022, appendix C; Ziegler et al. 2019):
+
+1. proximal log-probabilities (the learner's before the step), reference log-probabilities, values,
+   each in one pass without gradient, and none that nobody asks for;
+2. rewards: the score on the last token, and -beta * (log pi - log pi_ref) on each one where the
+   leash is part of the reward;
+3. advantages, and returns where there is a critic (`advantages.py`);
+4. importance weights from the behaviour policy (what sampled) to the proximal one (what
+   the clip is around), truncated: Hilton et al. 2022, decoupled PPO.
+
+`update.py` goes on from here. Left out on purpose: dropout is off (evaluation mode), as the ratio
+must be 1 at the start.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from distrl.algo import importance_weights, shape_rewards
+from distrl.config import LearnConfig
+from distrl.learn.advantages import Advantages, Outcome, estimate
+from distrl.learn.experience import Experience, micro_batches
+from distrl.learn.forward import response_logprobs, response_states, response_values
+from distrl.learn.networks import Networks
+
+log = logging.getLogger(__name__)
+
+CHECKED = 16
+"""With trust in the engine's log-probabilities, every sixteenth sequence is computed."""
+
+TOLERANCE = 1e-3
+"""Largest mean gap (nats) to the engine's log-probabilities at which they are trusted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All [B, T], constants of the step, 0 on padding.
+
+    Attributes:
+        kept: True on the tokens that reach the gradient: all response tokens but those that
+            were too old.
+        computed: True on the tokens whose proximal log-probability and entropy the learner
+            computed, and did not take from the engine.
+        old: the log-probabilities that ratios are taken from (`off_policy.anchor`).
+        values, returns: 0 where there is no critic.
+    """
+
+    kept: Tensor
+    computed: Tensor
+    proximal: Tensor
+    entropy: Tensor
+    reference: Tensor
+    old: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+
+    def rows(self, index: Tensor, width: int) -> Prepared:
+        """The sequences at `index`, cut to `width` response tokens."""
+        return Prepared(**{f.name: getattr(self, f.name)[index, :width] for f in fields(self)})
+
+
+@torch.no_grad()
+def prepare(
+    batch: Experience,
+    networks: Networks,
+    config: LearnConfig,
+    *,
+    temperature: float,
+    kl_coef: float,
+    version: int = 0,
+    oldest: int = 0,
+) -> Prepared:
+    """Steps 1 to 4, for a learner at `version`. Tokens of versions before `oldest` take part in all
+    of them, and are only left out of the gradient."""
+    mask = batch.mask_BT
+    passes = _Passes(batch, networks, config, temperature)
+    passes.run(version)
+    priced = kl_coef if config.kl.place == "reward" else 0.0
+    rewards = shape_rewards(batch.scores_B, passes.proximal, passes.reference, mask, priced)
+    found = _advantages(rewards, passes.values, batch, config)
+    off = config.off_policy
+    if off.weight == "none":
+        weights = mask.to(passes.proximal.dtype)
+    else:
+        weights = importance_weights(
+            passes.proximal,
+            batch.behaviour_BT,
+            mask,
+            mode=off.weight,
+            cap=off.cap,
+            reject=off.reject,
+            floor=off.floor,
+        )
+    return Prepared(
+        kept=mask & (batch.versions_BT >= oldest),
+        computed=passes.computed,
+        proximal=passes.proximal,
+        entropy=passes.entropy,
+        reference=passes.reference,
+        old=passes.proximal if off.anchor == "proximal" else batch.behaviour_BT,
+        values=passes.values,
+        advantages=found.advantages,
+        returns=torch.zeros_like(passes.values) if found.returns is None else found.returns,
+        weights=weights,
+    )
+
+
+def _advantages(
+    rewards: Tensor, values: Tensor, batch: Experience, config: LearnConfig
+) -> Advantages:
+    outcome = Outcome(
+        rewards_BT=rewards,
+        values_BT=values if config.has_critic else None,
+        mask_BT=batch.mask_BT,
+        samples=batch.samples,
+    )
+    return estimate(outcome, config.advantage)
+
+
+class _Passes:
+    """Step 1: every network reads every sequence at most once."""
+
+    def __init__(
+        self, batch: Experience, networks: Networks, config: LearnConfig, temperature: float
+    ) -> None:
+        self.batch, self.networks, self.config = batch, networks, config
+        self.temperature = temperature
+        self.proximal, self.entropy, self.reference, self.values = (
+            torch.zeros_like(batch.behaviour_BT) for _ in range(4)
+        )
+        self.computed = batch.mask_BT.clone()
+
+    def run(self, version: int) -> None:
+        everything = torch.arange(len(self.batch))
+        trusted = self._trusted(version) if self.config.trust_engine_logprobs else None
+        if trusted is None:
+            self._read(everything, with_policy=True)
+            return
+        self._read(everything[~trusted], with_policy=True)
+        self._read(everything[trusted], with_policy=False)
+        self.computed[trusted] = False
+        self.proximal[trusted] = self.batch.behaviour_BT[trusted] * self.batch.mask_BT[trusted]
+        fresh = self.computed & (self.batch.versions_BT == version)
+        gap = (self.proximal - self.batch.behaviour_BT)[fresh].abs()
+        if gap.numel() and not gap.mean().item() <= TOLERANCE:
+            log.warning(
+                "the engine's log-probabilities are %.1e nats off the learner's in the mean, so "
+                "they are computed anew; learn.trust_engine_logprobs saves nothing here",
+                gap.mean().item(),
+            )
+            self.computed[trusted] = self.batch.mask_BT[trusted]
+            self._policy_only(everything[trusted])
+
+    def _trusted(self, version: int) -> Tensor:
+        """[B]: sequences of the learner's own version, but for every sixteenth."""
+        fresh = (self.batch.versions_BT == version) | ~self.batch.mask_BT
+        chosen = fresh.all(1)
+        chosen[::CHECKED] = False
+        return chosen.cpu()
+
+    def _read(self, index: Tensor, *, with_policy: bool) -> None:
+        """Policy, reference and critic on the sequences at `index`. A critic on the policy's body
+        needs the policy's pass in any case."""
+        networks, micro_tokens = self.networks, self.config.micro_tokens
+        for part in micro_batches(self.batch.lengths_B, index, micro_tokens):
+            rows = self.batch.rows(part)
+            width = rows.tokens_BT.shape[1]
+            states = None
+            if with_policy or networks.shared:
+                states = response_states(networks.policy, rows)
+            if with_policy:
+                self.proximal[part, :width], self.entropy[part, :width] = response_logprobs(
+                    networks.policy, rows, self.temperature, with_entropy=True, states_ND=states
+                )
+            if self.config.kl.used:
+                self.reference[part, :width], _ = response_logprobs(
+                    networks.reference, rows, self.temperature, with_entropy=False
+                )
+            if networks.critic is not None:
+                shared = states if networks.shared else None
+                self.values[part, :width] = response_values(networks.critic, rows, shared)
+
+    def _policy_only(self, index: Tensor) -> None:
+        for part in micro_batches(self.batch.lengths_B, index, self.config.micro_tokens):
+            rows = self.batch.rows(part)
+            width = rows.tokens_BT.shape[1]
+            self.proximal[part, :width], self.entropy[part, :width] = response_logprobs(
+                self.networks.policy, rows, self.temperature, with_entropy=True
+            )

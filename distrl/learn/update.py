@@ -1,0 +1,203 @@
+"""A learner step from its first gradient on: epochs x minibatches of optimizer steps.
+
+Each minibatch is cut into microbatches. A token's share of the loss (`algo.token_shares`) is
+settled for the minibatch as a whole, so the gradients add up to the same however it was cut.
+
+    loss = sum over tokens of share * (weight * objective + kl price * KL - bonus * entropy)
+         + the critic's: sum over tokens of share * value loss
+         + gamma * the language model's on SFT examples, where PPO-ptx asks for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distrl.algo import kl_estimate, token_logprobs, token_shares, value_loss
+from distrl.config import LearnConfig
+from distrl.learn.experience import Experience, micro_batches
+from distrl.learn.forward import response_logprobs, response_states, response_values
+from distrl.learn.networks import Networks
+from distrl.learn.objectives import Tokens, objective
+from distrl.learn.prepare import Prepared
+
+
+def minibatches(size: int, config: LearnConfig, seed: tuple[int, ...]) -> Iterator[Tensor]:
+    """Row indices of each optimizer step: every epoch shuffles anew, by `seed` alone."""
+    for epoch in range(config.epochs):
+        order = np.random.default_rng((*seed, epoch)).permutation(size)
+        for part in np.split(order, config.minibatches):
+            yield torch.from_numpy(part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """What changes from step to step.
+
+    Attributes:
+        kl: of a nat to the reference, where the leash is part of the loss; else 0.
+        penalty: of a nat between old and new policy (`objective.kind=kl_penalty`).
+        policy_learns: False while the critic warms up alone.
+    """
+
+    kl: float = 0.0
+    penalty: float = 1.0
+    policy_learns: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinibatchReport:
+    """Sums over a minibatch by share; floats, the losses possibly not finite.
+
+    Attributes:
+        policy_loss: of the objective, KL price and entropy bonus included.
+        clip_fraction, approx_kl, value_clip_fraction: means over kept tokens.
+    """
+
+    policy_loss: float = 0.0
+    value_loss: float = 0.0
+    clip_fraction: float = 0.0
+    approx_kl: float = 0.0
+    value_clip_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What stays the same over a run: the networks and how they are trained.
+
+    Attributes:
+        longest: tokens that a response may have (`aggregate=constant`).
+    """
+
+    networks: Networks
+    config: LearnConfig
+    temperature: float
+    longest: int
+
+    def backward(
+        self, batch: Experience, prepared: Prepared, index: Tensor, prices: Prices
+    ) -> MinibatchReport:
+        """Add the gradients of one minibatch's loss."""
+        kept = prepared.kept[index]
+        how = self.config.objective.aggregate
+        shares = torch.zeros_like(prepared.weights)
+        means = torch.zeros_like(prepared.weights)
+        shares[index] = token_shares(kept, how, self.longest)
+        means[index] = token_shares(kept)
+        sums = torch.zeros(len(fields(MinibatchReport)))
+        for part in micro_batches(batch.lengths_B, index, self.config.micro_tokens):
+            rows = batch.rows(part)
+            width = rows.tokens_BT.shape[1]
+            micro = _Micro(
+                rows,
+                prepared.rows(part, width),
+                shares[part, :width],
+                means[part, :width],
+            )
+            sums += self._backward(micro, prices)
+        return MinibatchReport(
+            **dict(zip((f.name for f in fields(MinibatchReport)), sums.tolist(), strict=True))
+        )
+
+    def _backward(self, micro: _Micro, prices: Prices) -> Tensor:
+        """The gradients of one microbatch; its part of each figure of the report."""
+        networks, nothing = self.networks, torch.zeros(())
+        policy, clipped, moved = nothing, nothing, nothing
+        states = None
+        if prices.policy_learns or networks.shared:
+            states = response_states(networks.policy, micro.rows)
+        if prices.policy_learns:
+            policy, clipped, moved = self._policy_loss(micro, prices, states)
+        if networks.critic is None:
+            policy.backward()
+            return torch.stack([policy.detach(), nothing, clipped, moved, nothing])
+        if not networks.shared and prices.policy_learns:
+            policy.backward()  # before the critic's pass, so that one graph is held at a time
+        value, value_clipped = self._value_loss(micro, states if networks.shared else None)
+        if networks.shared:
+            (policy + self.config.value.coef * value).backward()
+        else:
+            value.backward()
+        return torch.stack([policy.detach(), value.detach(), clipped, moved, value_clipped])
+
+    def _policy_loss(
+        self, micro: _Micro, prices: Prices, states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, share of clipped tokens, KL(old || new)."""
+        config, known = self.config.objective, micro.known
+        logprobs, entropy = response_logprobs(
+            self.networks.policy,
+            micro.rows,
+            self.temperature,
+            with_entropy=config.entropy_bonus > 0,
+            states_ND=states,
+        )
+        tokens = Tokens(
+            logprobs=logprobs,
+            old=known.old,
+            advantages=known.advantages,
+            mask=known.kept,
+            penalty=prices.penalty,
+        )
+        surrogate = objective(config.kind)(tokens, config)
+        per_token = known.weights * surrogate.loss - config.entropy_bonus * entropy
+        if prices.kl:
+            kind = self.config.kl.estimator
+            per_token = per_token + prices.kl * kl_estimate(logprobs, known.reference, kind)
+        moved = kl_estimate(known.old, logprobs.detach(), "k3")
+        return (
+            (micro.shares * per_token).sum(),
+            (micro.means * surrogate.clipped).sum(),
+            (micro.means * moved).sum(),
+        )
+
+    def _value_loss(self, micro: _Micro, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The critic's loss and its share of clipped tokens, both as token means."""
+        critic, known = self.networks.critic, micro.known
+        assert critic is not None
+        values = response_values(critic, micro.rows, states)
+        found = value_loss(values, known.values, known.returns, known.kept, self.config.value.clip)
+        share = micro.means.sum()
+        return found.loss * share, found.clip_fraction * share
+
+
+@dataclass(frozen=True, slots=True)
+class _Micro:
+    """A microbatch: sequences, what is known of them, and the share of each of their tokens in the
+    policy's loss and in a token mean."""
+
+    rows: Experience
+    known: Prepared
+    shares: Tensor
+    means: Tensor
+
+
+def pretrain_backward(
+    policy: PreTrainedModel, examples: Sequence[Tensor], coef: float, micro_tokens: int
+) -> float:
+    """Add `coef` times the gradient of the mean token's -log p over whole examples (Ouyang et al.
+    2022, eq. 2). examples: [L] ids each, at least two. Returns that mean, nats a token."""
+    lengths = torch.tensor([len(example) for example in examples])
+    tokens = int((lengths - 1).sum())
+    device = next(policy.parameters()).device
+    total = 0.0
+    for part in micro_batches(lengths, torch.arange(len(examples)), micro_tokens):
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [examples[row] for row in part.tolist()], batch_first=True
+        ).to(device)
+        places = torch.arange(ids.shape[1] - 1, device=device)
+        mask = places < (lengths[part].to(device) - 1)[:, None]
+        hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = policy.get_output_embeddings()
+        assert head is not None
+        picked = hidden[:, :-1][mask]
+        logprobs, _ = token_logprobs(head(picked)[None], ids[:, 1:][mask][None], with_entropy=False)
+        loss = -logprobs.sum() / tokens
+        (coef * loss).backward()
+        total += loss.item()
+    return total

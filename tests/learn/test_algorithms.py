@@ -1,0 +1,418 @@
+"""What the `learn` section composes: advantages, objectives, leashes, critics, averages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distrl.config import AdvantageConfig, ConfigError, LearnConfig
+from distrl.learn.advantages import Outcome, estimate, estimator
+from distrl.learn.average import WeightAverage
+from distrl.learn.experience import to_experience
+from distrl.learn.learner import PolicyLearner
+from distrl.learn.objectives import objective
+from distrl.learn.optimizer import TFAdamW
+from distrl.learn.pretrain import Examples, save_examples
+from distrl.learn.spec import LearnerSpec
+from distrl.learn.update import pretrain_backward
+from distrl.metrics.names import unknown_names
+from distrl.models.load import load_policy
+from distrl.records import RolloutBatch
+
+OWN = "tests.learn.own_algorithm"
+QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
+VARIANTS = {
+    "grpo": {
+        "advantage": {"kind": "group", "whiten": False},
+        "objective": {"aggregate": "sequence"},
+        "kl": {"place": "loss"},
+    },
+    "dr_grpo": {
+        "advantage": {"kind": "group", "scale": "none", "whiten": False},
+        "objective": {"aggregate": "constant"},
+    },
+    "rloo": {
+        "advantage": {
+            "kind": "group", "baseline": "leave_one_out", "scale": "none", "whiten": False
+        },
+    },
+    "reinforce": {"advantage": {"kind": "returns"}, "objective": {"kind": "policy_gradient"}},
+    "a2c": {"advantage": {"lam": 1.0}, "objective": {"kind": "policy_gradient"}},
+    "gspo": {
+        "advantage": {"kind": "group", "whiten": False},
+        "objective": {"kind": "sequence", "aggregate": "sequence", "clip_low": 3e-4},
+    },
+    "cispo": {"objective": {"kind": "capped_weight", "clip_low": 1.0, "clip_high": 3.0}},
+    "penalty": {"objective": {"kind": "kl_penalty", "penalty_target": 0.01}},
+    "shared": {"value": {"trunk": "shared", "start": "policy"}},
+    "behaviour": {"off_policy": {"anchor": "behaviour", "weight": "none"}},
+    "icepop": {"off_policy": {"reject": True, "cap": 1.05, "floor": 0.95}},
+    "linear": {"kl": {"kind": "linear", "coef": 0.2, "final": 0.1}},
+    "entropy": {"objective": {"entropy_bonus": 0.01}},
+    "tf": {"adam_epsilon_in": "tf", "adam_eps": 1e-5},
+    "unwatched": {"kl": {"coef": 0.0, "watch": False}},
+    "own": {
+        "advantage": {"kind": f"{OWN}:best_of_group", "whiten": False},
+        "objective": {"kind": f"{OWN}:likelihood"},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def new_learner(tiny_policy, tmp_path):
+    made = []
+
+    def make(examples=None, **config) -> PolicyLearner:
+        spec = LearnerSpec(
+            policy=tiny_policy,
+            reward_model=None,
+            config=LearnConfig.model_validate(QUICK | config),
+            total_steps=10,
+            total_samples=120,
+            longest=12,
+            temperature=1.0,
+            seed=3,
+            canary_tokens=8,
+            scratch=tmp_path / "scratch",
+            pretrain=examples,
+            threads=1,
+        )
+        made.append(PolicyLearner(spec))
+        return made[-1]
+
+    yield make
+    for learner in made:
+        learner.close()
+
+
+def policy_of(learner):
+    return [p.detach().clone() for p in learner.policy.parameters()]
+
+
+def moved(learner, before):
+    return any(not torch.equal(a, b) for a, b in zip(before, policy_of(learner), strict=True))
+
+
+# -- every variant learns, saves and goes on ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_steps_saves_and_goes_on_as_if_never_stopped(
+    new_learner, make_groups, tmp_path, name
+):
+    config = VARIANTS[name] | {"ema": 0.9}
+    unbroken, first = new_learner(**config), new_learner(**config)
+    before = policy_of(first)
+    metrics = first.learn(make_groups(seed=1)).metrics
+    assert unknown_names(metrics) == [] and all(map(math.isfinite, metrics.values()))
+    assert moved(first, before)
+    first.learn(make_groups(seed=2))
+    first.save(tmp_path / "state")
+    resumed = new_learner(**config)
+    resumed.load(tmp_path / "state")
+    for seed in (1, 2, 3):
+        whole = unbroken.learn(make_groups(seed=seed))
+    again = resumed.learn(make_groups(seed=3))
+    untimed = [{k: v for k, v in r.metrics.items() if "time/" not in k} for r in (whole, again)]
+    assert untimed[0] == untimed[1]
+    for part, other in zip(unbroken.networks.trained, resumed.networks.trained, strict=True):
+        assert all(map(torch.equal, part.parameters(), other.parameters()))
+    assert unbroken.average is not None and resumed.average is not None
+    mine, theirs = unbroken.average.weights, resumed.average.weights
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_only_what_needs_a_critic_has_one(new_learner, make_groups):
+    learner = new_learner(**VARIANTS["grpo"])
+    assert learner.critic is None and len(learner.optimizers) == 1
+    assert not [k for k in learner.learn(make_groups(seed=1)).metrics if k.startswith("value/")]
+    shared = new_learner(**VARIANTS["shared"])
+    body = {id(p) for p in shared.policy.parameters()}
+    assert {id(p) for p in shared.networks.trained[1].parameters()}.isdisjoint(body)
+    assert len(list(shared.networks.trained[1].parameters())) == 2, "the head alone"
+
+
+def test_no_reference_is_read_where_nobody_asks(new_learner, make_groups, monkeypatch):
+    learner = new_learner(**VARIANTS["unwatched"])
+    monkeypatch.setattr(learner.networks, "reference", None)
+    assert "kl/ref" not in learner.learn(make_groups(seed=1)).metrics
+
+
+def test_the_price_of_kl_follows_its_kind(new_learner, make_groups):
+    coefs = {}
+    for kind in ("fixed", "linear"):
+        learner = new_learner(kl={"kind": kind, "coef": 0.2, "final": 0.1})
+        coefs[kind] = [learner.learn(make_groups(1)).metrics["kl/coef"] for _ in range(3)]
+    assert coefs["fixed"] == [0.2] * 3
+    assert coefs["linear"] == pytest.approx([0.2, 0.19, 0.18]), "12 of 120 samples a step"
+
+
+def test_kl_in_the_loss_is_not_in_the_rewards_as_well(new_learner, make_groups):
+    """From the second step on the policy has left its reference, and each place has its effect."""
+    losses = {}
+    for place, coef in (("loss", 0.0), ("loss", 50.0), ("reward", 50.0)):
+        learner = new_learner(kl={"place": place, "coef": coef}, advantage={"whiten": False})
+        learner.learn(make_groups(seed=1))
+        metrics = learner.learn(make_groups(seed=2)).metrics
+        losses[place, coef] = (metrics["loss/policy"], metrics["value/mean"])
+    assert losses["loss", 50.0][0] > losses["loss", 0.0][0] + 1e-3
+    assert losses["reward", 50.0] != losses["loss", 50.0]
+
+
+# -- advantages ---------------------------------------------------------------------------
+
+
+def outcome(samples=3):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([4, 2, 1, 3, 4, 2])
+    mask = torch.arange(4) < lengths[:, None]
+    rewards = torch.randn(6, 4, generator=generator) * mask
+    return Outcome(rewards_BT=rewards, values_BT=None, mask_BT=mask, samples=samples)
+
+
+def test_a_groups_rewards_are_held_against_each_other():
+    made = outcome()
+    config = AdvantageConfig(kind="group", baseline="leave_one_out", scale="none", whiten=False)
+    found = estimate(made, config).advantages
+    totals = made.rewards_BT.sum(1).tolist()
+    for row, total in enumerate(totals):
+        first = row - row % 3
+        others = [t for i, t in enumerate(totals[first : first + 3]) if first + i != row]
+        wanted = total - sum(others) / 2
+        n = int(made.mask_BT[row].sum())
+        assert found[row, :n].tolist() == pytest.approx([wanted] * n, abs=1e-5)
+        assert not found[row, n:].any()
+
+
+def test_returns_are_the_rewards_to_come_discounted():
+    made = outcome()
+    config = AdvantageConfig(kind="returns", gamma=0.9, whiten=False)
+    found = estimate(made, config).advantages
+    for row in range(6):
+        n = int(made.mask_BT[row].sum())
+        for t in range(n):
+            wanted = sum(0.9 ** (k - t) * made.rewards_BT[row, k].item() for k in range(t, n))
+            assert found[row, t].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_names_that_are_not_there_are_refused_with_the_fix():
+    with pytest.raises(ValueError, match="choose one of gae, group, returns, or name a function"):
+        AdvantageConfig(kind="gea")
+    with pytest.raises(ConfigError, match="cannot import no_such_module"):
+        estimator("no_such_module:f")
+    with pytest.raises(ConfigError, match=rf"{OWN} has no worst; it has .*likelihood"):
+        objective(f"{OWN}:worst")
+    config = AdvantageConfig(kind="tests.learn.test_algorithms:misshapen")
+    with pytest.raises(ValueError, match=r"gave advantages of shape \(6, 1\); \(6, 4\) was due"):
+        estimate(outcome(), config)
+
+
+def misshapen(made, config):
+    return dataclasses.replace(
+        estimate(made, AdvantageConfig(kind="returns")), advantages=torch.zeros(6, 1)
+    )
+
+
+# -- off-policy: what the engine said ------------------------------------------------------
+
+
+def fresh(learner, groups):
+    """The groups with the log-probabilities that the learner itself would give."""
+    from distrl.learn.prepare import prepare
+
+    batch = to_experience(RolloutBatch(groups=tuple(groups)))
+    known = prepare(batch, learner.networks, learner.config, temperature=1.0, kl_coef=0.0)
+    return dataclasses.replace(batch, behaviour_BT=known.proximal)
+
+
+def count_passes(learner, monkeypatch):
+    read = []
+    body = learner.policy.base_model
+    forward = body.forward
+    monkeypatch.setattr(
+        body, "forward", lambda *a, **k: (read.append(len(k["input_ids"])), forward(*a, **k))[1]
+    )
+    return read
+
+
+def test_trusted_logprobs_save_the_pass_and_are_checked(new_learner, make_groups, monkeypatch):
+    groups = make_groups(seed=1, groups=8, samples=4)
+    plain, trusting = new_learner(), new_learner(trust_engine_logprobs=True)
+    batch = fresh(plain, groups)
+    read = count_passes(trusting, monkeypatch)
+    theirs, mine = plain.learn_from(batch).metrics, trusting.learn_from(batch).metrics
+    assert sum(read) == 2 + 32, "every sixteenth of 32 is computed, then all learn"
+    for name in ("loss/policy", "kl/ref", "grad/norm", "value/loss"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-5), name
+    assert mine["mismatch/lag0_abs_mean"] < 1e-6 and mine["offpolicy/tokens/lag0"] > 0
+    stale = trusting.learn_from(batch).metrics
+    assert "mismatch/lag0_abs_mean" not in stale, "no token is of the present version"
+    assert stale["offpolicy/tokens/lag1"] == int(batch.mask_BT.sum()), "and all are computed"
+
+
+def test_an_engine_that_is_off_is_not_trusted(new_learner, make_groups, caplog):
+    groups = make_groups(seed=1, groups=8, samples=4)
+    plain, trusting = new_learner(), new_learner(trust_engine_logprobs=True)
+    batch = fresh(plain, groups)
+    off = dataclasses.replace(batch, behaviour_BT=batch.behaviour_BT - 0.01 * batch.mask_BT)
+    theirs, mine = plain.learn_from(off).metrics, trusting.learn_from(off).metrics
+    assert mine["loss/policy"] == pytest.approx(theirs["loss/policy"], abs=1e-6)
+    assert mine["mismatch/lag0_abs_mean"] == pytest.approx(0.01, rel=1e-2)
+    assert "computed anew" in caplog.text
+
+
+# -- how long a step goes on -------------------------------------------------------------
+
+
+def test_a_step_ends_early_when_the_policy_has_gone_far_enough(new_learner, make_groups):
+    far = new_learner(epochs=6, lr=1e-2, objective={"target_kl": 1e-4})
+    near = new_learner(epochs=6, lr=1e-2)
+    assert near.learn(make_groups(seed=1)).metrics["learn/optimizer_steps"] == 12
+    stopped = far.learn(make_groups(seed=1)).metrics
+    assert 1 <= stopped["learn/optimizer_steps"] < 12
+
+
+def test_the_critic_warms_up_alone(new_learner, make_groups):
+    learner = new_learner(value={"warmup_steps": 2})
+    before, critic = policy_of(learner), [p.detach().clone() for p in learner.critic.parameters()]
+    for seed in (1, 2):
+        report = learner.learn(make_groups(seed=seed))
+        assert not report.skipped and report.metrics["loss/policy"] == 0
+    assert not moved(learner, before) and learner.version == 2
+    assert any(
+        not torch.equal(a, b) for a, b in zip(critic, learner.critic.parameters(), strict=True)
+    )
+    learner.learn(make_groups(seed=3))
+    assert moved(learner, before)
+
+
+def test_the_penalty_moves_only_where_it_has_a_target(new_learner, make_groups):
+    free = new_learner(objective={"kind": "kl_penalty", "penalty": 2.0})
+    held = new_learner(objective={"kind": "kl_penalty", "penalty": 2.0, "penalty_target": 1e3})
+    for learner, wanted in ((free, [2.0, 2.0]), (held, [2.0, 1.0])):
+        prices = [learner.learn(make_groups(seed=s)).metrics["ppo/penalty"] for s in (1, 2)]
+        assert prices == wanted
+
+
+# -- PPO-ptx, the average, the optimizer ---------------------------------------------------
+
+
+def test_the_pretraining_gradient_is_that_of_the_mean_token(tiny_policy):
+    policy = load_policy(tiny_policy)
+    rng = np.random.default_rng(0)
+    examples = [torch.tensor(rng.integers(3, 300, n)) for n in (9, 2, 5, 30)]
+    policy.zero_grad()
+    for budget in (30, 4096):
+        policy.zero_grad()
+        loss = pretrain_backward(policy, examples, 27.8, budget)
+        mine = [p.grad for p in policy.parameters()]
+        policy.zero_grad(set_to_none=True)
+        terms = [
+            nn.functional.cross_entropy(
+                policy(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="sum"
+            )
+            for ids in examples
+        ]
+        slow = torch.stack(terms).sum() / sum(len(ids) - 1 for ids in examples)
+        (27.8 * slow).backward()
+        assert loss == pytest.approx(slow.item(), rel=1e-5)
+        for grad, parameter in zip(mine, policy.parameters(), strict=True):
+            torch.testing.assert_close(grad, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_ptx_adds_its_gradient_to_the_objectives(new_learner, make_groups, tmp_path):
+    path = tmp_path / "pretrain.safetensors"
+    save_examples([[5, 6, 7, 8], [9], [10, 11, 12]], path)
+    examples = Examples.load(path)
+    assert [e.tolist() for e in examples.ids] == [[5, 6, 7, 8], [10, 11, 12]]
+    assert [e.tolist()[0] for e in examples.turn(1, 3)] == [10, 5, 10], "in order, and round"
+    settings = {"coef": 2.0, "sequences": 2}
+    mixed, plain = new_learner(path, pretrain=settings), new_learner()
+    first = mixed.learn(make_groups(seed=1)).metrics
+    assert first["loss/pretrain"] == pytest.approx(math.log(300), abs=0.4)
+    assert "loss/pretrain" not in plain.learn(make_groups(seed=1)).metrics
+    last = [mixed.learn(make_groups(seed=seed)).metrics for seed in range(2, 12)][-1]
+    assert last["loss/pretrain"] < first["loss/pretrain"] - 0.5, "two sentences are learnt soon"
+    with pytest.raises(ValueError, match="no example of two tokens"):
+        save_examples([[1]], path)
+
+
+def test_the_average_is_that_of_the_paper_and_is_what_is_exported(
+    new_learner, make_groups, tmp_path
+):
+    one = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        one.weight.fill_(1.0)
+    average = WeightAverage(one, 0.992)
+    seen = []
+    for value in (2.0, 3.0, 4.0):
+        with torch.no_grad():
+            one.weight.fill_(value)
+        average.update()
+        seen.append(average.weights["weight"].item())
+    assert seen == pytest.approx([1.008, 1.023936, 1.047744512]), "ema_weights, InstructGPT C.4"
+
+    learner = new_learner(ema=0.5)
+    start = policy_of(learner)[0]
+    learner.learn(make_groups(seed=1))
+    now = policy_of(learner)[0]
+    learner.export(tmp_path / "policy")
+    exported = next(iter(load_policy(tmp_path / "policy").parameters()))
+    torch.testing.assert_close(exported.detach(), (start + now) / 2)
+    assert torch.equal(policy_of(learner)[0], now), "the learner itself goes on where it was"
+
+
+@pytest.mark.parametrize("where", ["torch", "tf"])
+def test_epsilon_sits_where_it_is_said_to(where):
+    """adam_eps_placement (Huang et al. 2024): a constant gradient of 1e-4 and ε = 1e-5."""
+    wanted = {
+        "torch": [-0.000909090909090909, -0.0009090909090909031, -0.0009090909090909087],
+        "tf": [-0.00024025307335204222, -0.0003089636022024264, -0.00035377503132529763],
+    }[where]
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    make = {"torch": torch.optim.AdamW, "tf": TFAdamW}[where]
+    optimizer = make([weight], lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    steps = []
+    for _ in wanted:
+        before = weight.item()
+        weight.grad = torch.full_like(weight, 1e-4)
+        optimizer.step()
+        steps.append(weight.item() - before)
+    assert steps == pytest.approx(wanted, rel=1e-9)
+
+
+def test_tf_and_torch_agree_but_for_epsilon():
+    made = {}
+    for kind in (torch.optim.AdamW, TFAdamW):
+        torch.manual_seed(0)
+        module = nn.Linear(4, 3)
+        optimizer = kind(module.parameters(), lr=0.01, eps=1e-14, weight_decay=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            module(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        made[kind] = module.weight.detach()
+    torch.testing.assert_close(made[torch.optim.AdamW], made[TFAdamW])
+
+
+# -- settings that cannot work ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"off_policy": {"anchor": "behaviour"}}, r"set learn\.off_policy\.weight=none"),
+        ({"objective": {"kind": "sequence"}}, r"set learn\.objective\.aggregate=sequence"),
+        ({"value": {"trunk": "shared"}}, r"set learn\.value\.start=policy"),
+        ({"off_policy": {"floor": 3.0}}, r"floor=3.0 is above off_policy\.cap=2.0"),
+        ({"objective": {"kind": "ppo"}}, "choose one of clip, sequence"),
+    ],
+)
+def test_what_cannot_work_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        LearnConfig.model_validate(config)
