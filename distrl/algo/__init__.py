@@ -9,6 +9,7 @@ is 0. Metrics carry no gradient.
 from __future__ import annotations
 
 from distrl.algo.advantages import explained_variance, gae, group_advantages
+from distrl.algo.bounds import largest_gain
 from distrl.algo.kl import (
     AdaptiveKL,
     AdaptivePenalty,
@@ -17,7 +18,7 @@ from distrl.algo.kl import (
     kl_estimate,
     shape_rewards,
 )
-from distrl.algo.logprobs import token_logprobs
+from distrl.algo.logprobs import head_logprobs, token_logprobs
 from distrl.algo.masked import masked_mean, masked_whiten
 from distrl.algo.off_policy import effective_sample_size, importance_ratio, importance_weights
 from distrl.algo.policy import PolicyLoss, ppo_clip_loss
@@ -54,9 +55,11 @@ __all__ = [
     "explained_variance",
     "gae",
     "group_advantages",
+    "head_logprobs",
     "importance_ratio",
     "importance_weights",
     "kl_estimate",
+    "largest_gain",
     "lr_factor",
     "masked_mean",
     "masked_whiten",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from distrl.algo.checks import check_axes, check_range
 
@@ -80,21 +81,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grad_logprobs_BT, grad_entropy_BT = grad_outputs
         logits_BTV, tokens_BT, normaliser_BT, entropy_BT = ctx.saved_tensors
         grad_BTV = torch.empty_like(logits_BTV)
         for block in _blocks(tokens_BT, ctx.chunk):
-            scaled = logits_BTV[block].to(normaliser_BT.dtype) / ctx.temperature
-            probs = scaled.sub_(normaliser_BT[block].unsqueeze(-1)).exp_()
-            grad = torch.zeros_like(probs)
-            if grad_entropy_BT is not None:
-                weight = grad_entropy_BT[block].unsqueeze(-1)
-                slope = torch.special.entr(probs) - probs * entropy_BT[block].unsqueeze(-1)
-                grad = slope.mul_(weight)
-            if grad_logprobs_BT is not None:
-                weight = grad_logprobs_BT[block].unsqueeze(-1)
-                grad = grad.sub_(probs.mul_(weight))
-                grad.scatter_add_(-1, tokens_BT[block].unsqueeze(-1), weight)
+            grad = _logits_gradient(
+                logits_BTV[block].to(normaliser_BT.dtype) / ctx.temperature,
+                tokens_BT[block],
+                normaliser_BT[block],
+                entropy_BT[block],
+                *(None if g is None else g[block] for g in grad_outputs),
+            )
             grad_BTV[block] = grad.div_(ctx.temperature)
         return grad_BTV, None, None, None, None
 
@@ -110,3 +106,110 @@ def _blocks(tokens_BT: Tensor, chunk: int) -> Iterator[tuple[slice, slice]]:
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             yield slice(top, top + height), slice(left, left + width)
+
+
+def head_logprobs(
+    states_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    temperature: float = 1.0,
+    *,
+    bias_V: Tensor | None = None,
+    chunk: int = 512,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``token_logprobs`` of the head's logits, states · weightᵀ + bias, never all at once.
+
+    At most ``chunk`` × V of them do, in either direction: the way back computes them anew, a third
+    more arithmetic in the head for memory that does not grow with N. states_ND are the body's last
+    hidden states; logits are in the states' dtype, and everything after them in float32 at least.
+    Returns logprobs_N and entropy_N (nats). Raises ValueError as ``token_logprobs`` does.
+    """
+    check_axes(states_ND=states_ND, weight_VD=weight_VD, tokens_N=tokens_N)
+    check_range("chunk", chunk, 1)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    return _HeadLogprobs.apply(
+        states_ND, weight_VD, bias_V, tokens_N.long(), temperature, chunk, with_entropy
+    )
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """``_TokenLogprobs`` behind a linear map: ∂z/∂states = weight, ∂z/∂weight = states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        tokens_N: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(states_ND.dtype, torch.float32)
+        logprobs_N = states_ND.new_zeros(tokens_N.shape, dtype=dtype)
+        entropy_N, normaliser_N = torch.zeros_like(logprobs_N), torch.zeros_like(logprobs_N)
+        for start in range(0, len(tokens_N), chunk):
+            part = slice(start, start + chunk)
+            scaled = linear(states_ND[part], weight_VD, bias_V).to(dtype).div_(temperature)
+            normaliser_N[part] = scaled.logsumexp(-1)
+            chosen = scaled.gather(-1, tokens_N[part].unsqueeze(-1)).squeeze(-1)
+            logprobs_N[part] = chosen - normaliser_N[part]
+            if with_entropy:
+                probs = scaled.sub_(normaliser_N[part].unsqueeze(-1)).exp_()
+                entropy_N[part] = torch.special.entr(probs).sum(-1)
+        ctx.save_for_backward(states_ND, weight_VD, bias_V, tokens_N, normaliser_N, entropy_N)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy_N)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        states_ND, weight_VD, bias_V, tokens_N, normaliser_N, entropy_N = ctx.saved_tensors
+        grad_states_ND = torch.empty_like(states_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+        for start in range(0, len(tokens_N), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            scaled = linear(states_ND[part], weight_VD, bias_V).to(normaliser_N.dtype)
+            grad = _logits_gradient(
+                scaled.div_(ctx.temperature),
+                tokens_N[part],
+                normaliser_N[part],
+                entropy_N[part],
+                *(None if g is None else g[part] for g in grad_outputs),
+            )
+            grad = grad.div_(ctx.temperature).to(states_ND.dtype)
+            grad_states_ND[part] = grad @ weight_VD
+            grad_weight_VD.addmm_(grad.T, states_ND[part])
+            if grad_bias_V is not None:
+                grad_bias_V += grad.sum(0)
+        return grad_states_ND, grad_weight_VD, grad_bias_V, None, None, None, None
+
+
+def _logits_gradient(
+    scaled: Tensor,
+    tokens: Tensor,
+    normaliser: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """The gradient by ``scaled`` logits [..., V], worked on in place; all others are [...]."""
+    probs = scaled.sub_(normaliser.unsqueeze(-1)).exp_()
+    grad = torch.zeros_like(probs)
+    if grad_entropy is not None:
+        slope = torch.special.entr(probs) - probs * entropy.unsqueeze(-1)
+        grad = slope.mul_(grad_entropy.unsqueeze(-1))
+    if grad_logprobs is not None:
+        weight = grad_logprobs.unsqueeze(-1)
+        grad = grad.sub_(probs.mul_(weight))
+        grad.scatter_add_(-1, tokens.unsqueeze(-1), weight)
+    return grad

@@ -7,12 +7,15 @@ out of the hidden states first, so logits are never made for prompts or padding.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distrl.algo import token_logprobs
+from distrl.algo import head_logprobs, token_logprobs
 from distrl.learn.experience import Experience
 from distrl.models.heads import ScalarModel
+
+KEPT_BYTES = 2**28
+"""Logits of a pass up to this size are kept."""
 
 
 def response_states(policy: PreTrainedModel, batch: Experience) -> Tensor:
@@ -36,13 +39,38 @@ def response_logprobs(
     """
     mask_BT = batch.mask_BT
     picked_ND = response_states(policy, batch) if states_ND is None else states_ND
+    tokens_N = batch.tokens_BT[mask_BT]
+    logprobs_N, entropy_N = logprobs_of(policy, picked_ND, tokens_N, temperature, with_entropy)
+    return _spread(logprobs_N, mask_BT), _spread(entropy_N, mask_BT)
+
+
+def logprobs_of(
+    policy: PreTrainedModel,
+    states_ND: Tensor,
+    tokens_N: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """logprobs_N and entropy_N (nats) of the tokens that were chosen in the states.
+
+    Few logits are kept for the way back; many would be the largest tensor of a step, so they are
+    made in blocks and made anew.
+    """
     head = policy.get_output_embeddings()
-    assert head is not None  # a causal language model has one
-    logits_1NV = head(picked_ND)[None]
+    assert isinstance(head, nn.Linear)  # a causal language model has one
+    if states_ND.shape[0] * head.weight.shape[0] * 4 > KEPT_BYTES:
+        return head_logprobs(
+            states_ND,
+            head.weight,
+            tokens_N,
+            temperature,
+            bias_V=head.bias,
+            with_entropy=with_entropy,
+        )
     logprobs_1N, entropy_1N = token_logprobs(
-        logits_1NV, batch.tokens_BT[mask_BT][None], temperature, with_entropy=with_entropy
+        head(states_ND)[None], tokens_N[None], temperature, with_entropy=with_entropy
     )
-    return _spread(logprobs_1N[0], mask_BT), _spread(entropy_1N[0], mask_BT)
+    return logprobs_1N[0], entropy_1N[0]
 
 
 def response_values(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.models.heads import ScalarModel
-from distrl.models.load import load_policy
+from distrl.models.load import ModelError, load_policy
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,6 +38,7 @@ class Networks:
         """Policy and reference from one folder, the critic from the reward model's where it is
         given. Raises ModelError."""
         trained = load_policy(policy, tokenizer=load_tokenizer(policy))
+        check_head(trained, policy)
         reference = load_policy(policy).requires_grad_(False)
         critic = None
         shared = config.has_critic and config.value.trunk == "shared"
@@ -62,3 +63,17 @@ class Networks:
         """What learns, each weight in one of them."""
         mine = self.critic_part
         return (self.policy,) if mine is None else (self.policy, mine)
+
+
+def check_head(policy: PreTrainedModel, folder: Path) -> None:
+    """ModelError where logits are more than the output head's: the learner reads the head alone,
+    and would disagree with the engine."""
+    config = policy.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"the policy in {folder} does something to its logits after the head ({name}="
+                f"{getattr(config, name)}), which the learner does not know; choose another model"
+            )
+    if not isinstance(policy.get_output_embeddings(), nn.Linear):
+        raise ModelError(f"the policy in {folder} has no plain linear output head")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distrl.algo import kl_estimate, token_logprobs, token_shares, value_loss
+from distrl.algo import kl_estimate, token_shares, value_loss
 from distrl.config import LearnConfig
 from distrl.learn.experience import Experience, micro_batches
-from distrl.learn.forward import response_logprobs, response_states, response_values
+from distrl.learn.forward import logprobs_of, response_logprobs, response_states, response_values
 from distrl.learn.networks import Networks
 from distrl.learn.objectives import Tokens, objective
 from distrl.learn.prepare import Prepared
@@ -193,10 +193,7 @@ def pretrain_backward(
         places = torch.arange(ids.shape[1] - 1, device=device)
         mask = places < (lengths[part].to(device) - 1)[:, None]
         hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head = policy.get_output_embeddings()
-        assert head is not None
-        picked = hidden[:, :-1][mask]
-        logprobs, _ = token_logprobs(head(picked)[None], ids[:, 1:][mask][None], with_entropy=False)
+        logprobs, _ = logprobs_of(policy, hidden[:, :-1][mask], ids[:, 1:][mask])
         loss = -logprobs.sum() / tokens
         (coef * loss).backward()
         total += loss.item()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from distrl.algo import token_logprobs
+from distrl.algo import head_logprobs, token_logprobs
 
 
 def sample(B=3, T=5, V=11, seed=0):
@@ -123,3 +123,38 @@ def test_no_tokens():
 def test_refusals(tokens, options, message):
     with pytest.raises(ValueError, match=message):
         token_logprobs(torch.zeros(3, 5, 11), torch.zeros(tokens, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 15, 512])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_blocks_agrees_with_the_head_as_a_whole(chunk, bias, close):
+    generator = torch.Generator().manual_seed(2)
+    states, weight = (torch.randn(*shape, generator=generator) for shape in ((15, 6), (11, 6)))
+    offset = torch.randn(11, generator=generator) if bias else None
+    tokens = torch.randint(11, (15,), generator=generator)
+    weights = torch.randn(2, 15, generator=generator)
+    made = []
+    for blocks in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (states, weight, offset) if t is not None]
+        extra = leaves[2] if bias else None
+        if blocks:
+            found = head_logprobs(leaves[0], leaves[1], tokens, 0.7, bias_V=extra, chunk=chunk)
+        else:
+            logits = torch.nn.functional.linear(leaves[0], leaves[1], extra)
+            found = tuple(x[0] for x in token_logprobs(logits[None], tokens[None], 0.7))
+        (weights[0] * found[0] + weights[1] * found[1]).sum().backward()
+        made.append([*found, *(leaf.grad for leaf in leaves)])
+    for mine, whole in zip(*made, strict=True):
+        close(mine, whole)
+
+
+def test_a_head_in_blocks_without_entropy(close):
+    states, weight = torch.randn(4, 3), torch.randn(5, 3)
+    tokens = torch.tensor([0, 4, 2, 2])
+    logprobs, entropy = head_logprobs(states.requires_grad_(), weight, tokens, with_entropy=False)
+    close(logprobs, (states @ weight.T).log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    assert logprobs.requires_grad and not entropy.requires_grad and not entropy.any()
+    with pytest.raises(ValueError, match="axis D"):
+        head_logprobs(states, torch.randn(5, 2), tokens)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        head_logprobs(states, weight, tokens, 0.0)

@@ -7,9 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from distrl.learn import forward
 from distrl.learn.experience import to_experience
 from distrl.learn.forward import response_logprobs, response_values
+from distrl.learn.networks import check_head
 from distrl.models import ScalarModel, load_policy
+from distrl.models.load import ModelError
 from distrl.records import RolloutBatch
 
 EXACT = {"atol": 1e-5, "rtol": 0}
@@ -131,3 +134,23 @@ def test_only_positions_that_predict_response_tokens_reach_the_head(policy, batc
     response_logprobs(policy, batch, 1.0, with_entropy=False)
     hook.remove()
     assert seen == [(int(batch.response_lengths_B.sum()), 300)]
+
+
+def test_logits_in_blocks_change_nothing(policy, batch, monkeypatch):
+    made = []
+    for kept in (2**28, 0):
+        monkeypatch.setattr(forward, "KEPT_BYTES", kept)
+        policy.zero_grad()
+        logprobs, entropy = response_logprobs(policy, batch, 0.7, with_entropy=True)
+        (logprobs.sum() + 2 * entropy.sum()).backward()
+        made.append([logprobs, entropy, *(p.grad for p in policy.parameters())])
+        policy.zero_grad(set_to_none=True)
+    for whole, blocks in zip(*made, strict=True):
+        torch.testing.assert_close(whole, blocks, atol=1e-4, rtol=1e-4)
+
+
+def test_a_policy_whose_logits_are_capped_after_the_head_is_refused(tiny_policy, monkeypatch):
+    model = load_policy(tiny_policy)
+    monkeypatch.setattr(model.config, "final_logit_softcapping", 30.0, raising=False)
+    with pytest.raises(ModelError, match=r"final_logit_softcapping=30\.0.*choose another model"):
+        check_head(model, tiny_policy)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distrl.algo import largest_gain
 from distrl.config import LearnConfig
 from distrl.learn.learner import LocalLearner, PolicyLearner
 from distrl.learn.spec import LearnerSpec
@@ -359,10 +360,30 @@ def stamped(learner: PolicyLearner, prompt: np.ndarray, answer: np.ndarray) -> S
     )
 
 
+ALGORITHMS = {
+    "ppo": {},
+    "grpo": {
+        "advantage": {"kind": "group", "whiten": False},
+        "objective": {"aggregate": "sequence"},
+        "kl": {"coef": 0.001, "place": "loss"},
+    },
+    "rloo": {
+        "advantage": {
+            "kind": "group", "baseline": "leave_one_out", "scale": "none", "whiten": False
+        },
+        "objective": {"kind": "policy_gradient"},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_reward_rises(new_learner):
-    """From chance (1/6) to half and more in 15 steps of 64 samples, by PPO alone."""
-    learner = new_learner(total_steps=15, lr=3e-3, critic_lr=3e-3, epochs=2, kl={"coef": 0.001})
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_reward_rises_and_the_kl_pays_for_it(new_learner, name):
+    """From chance (1/6) to half and more in 15 steps of 64 samples; on the way no gain is beyond
+    what its KL allows, or rewards or KL are booked wrongly."""
+    config = {"lr": 3e-3, "critic_lr": 3e-3, "epochs": 2, "kl": {"coef": 0.001}} | ALGORITHMS[name]
+    learner = new_learner(total_steps=15, **config)
+    reference = [s.value for step in range(90, 94) for g in roll(learner, step) for s in g.scores]
     metrics = [learner.learn(roll(learner, step)).metrics for step in range(15)]
     rewards = [m["reward/liked"] for m in metrics]
     print("reward", [round(r, 2) for r in rewards], "kl", [round(m["kl/ref"], 2) for m in metrics])
@@ -370,3 +391,7 @@ def test_reward_rises(new_learner):
     assert np.mean(rewards[-3:]) > 0.5
     assert max(m["mismatch/lag0_abs_mean"] for m in metrics) < 1e-4
     assert metrics[-1]["kl/ref"] > 1
+    noise = 3 * np.std(reference) / np.sqrt(64)
+    for m in metrics:
+        allowed = largest_gain(max(m["kl/ref"], 0.0), torch.tensor(reference))
+        assert m["reward/liked"] - np.mean(reference) <= allowed + noise

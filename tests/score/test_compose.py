@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distrl.config import ConfigError, RewardPart, ScoreConfig
+from distrl.config import ConfigError, OverlongConfig, RewardPart, ScoreConfig
 from distrl.data.tokenizer import train_tokenizer
 from distrl.records import Prompt, Rollout, Sample, ScoredRollout, VersionSpan
 from distrl.roles import ScoreFailed
 from distrl.score import RewardSum, with_default_part
+from distrl.score.compose import overlong_penalty
 
 
 class Fixed:
@@ -83,3 +84,21 @@ def test_the_run_s_own_reward_model_stands_in_for_no_parts():
     (part,) = filled.parts
     assert (part.name, part.model, part.weight) == ("reward_model", "runs/x/model", 1.0)
     assert with_default_part(filled, Path("other")) is filled
+
+
+@pytest.mark.parametrize(
+    "tokens, penalty", [(1, 0.0), (16, 0.0), (18, -1.0), (20, -2.0), (40, -2.0)]
+)
+def test_an_overlong_response_costs_more_the_longer_it_is(tokens, penalty):
+    """Yu et al. 2025, eq. 13, with L_max = 20 and a cache of 4, twice as dear."""
+    config = OverlongConfig(penalty=2.0, start=16, full=20)
+    assert overlong_penalty(tokens, config) == pytest.approx(penalty)
+
+
+def test_the_overlong_penalty_stands_among_the_parts():
+    config = OverlongConfig(penalty=5.0, start=1, full=2)
+    (scored,) = RewardSum([Fixed("a", [1.0])], {"a": 1.0}, overlong=config).score([rollout("stop")])
+    assert isinstance(scored, ScoredRollout)
+    tokens = len(scored.rollout.samples[0].token_ids)
+    assert scored.scores[0].parts["overlong"] == overlong_penalty(tokens, config)
+    assert scored.scores[0].value == 1.0 + overlong_penalty(tokens, config)

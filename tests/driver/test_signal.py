@@ -1,0 +1,58 @@
+"""Dynamic sampling: groups whose rewards are all equal are dropped and exactly refilled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from distrl.driver import roll
+from distrl.driver.audit import audit
+from distrl.driver.errors import DriverError
+from distrl.sim import FakeScorer
+
+
+class Graded(FakeScorer):
+    """The samples of a group differ in reward, but for those of every third prompt."""
+
+    def __init__(self, silent_from: int | None = None) -> None:
+        super().__init__("s0")
+        self.silent_from = silent_from
+
+    async def score(self, group):
+        scored = await super().score(group)
+        index, n = group.info.index, len(group.info.lengths)
+        silent = index % 3 == 0 or (self.silent_from is not None and index >= self.silent_from)
+        rewards = (1.0,) * n if silent else tuple(map(float, range(n)))
+        return dataclasses.replace(scored, info=dataclasses.replace(scored.info, rewards=rewards))
+
+
+def test_groups_without_signal_are_dropped_and_refilled(world, tmp_path):
+    run = world(scorers=[Graded()], steps=9, skip_without_signal=True)
+    run.ledger = tmp_path / "ledger.sqlite"
+    run.run()
+    trained = [group.index for group in run.learner.trained]
+    batch = run.config.prompts_per_step
+    assert len(trained) == 9 * batch, "no step is short of a group"
+    assert not [index for index in trained if index % 3 == 0]
+    _, last = run.sink.rows[-1]
+    assert last["driver/drops"] >= len(trained) / 2 - batch
+    assert last["waste/tokens"] > 0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f'{{"step": {step}}}\n' for step, _ in run.sink.rows))
+    report = audit(run.ledger, metrics)
+    assert report.holds, report.findings
+    assert report.drops.keys() == {roll.SILENT}
+    assert report.waste.keys() == {f"dropped: {roll.SILENT}"}
+
+
+def test_they_are_trained_on_where_nobody_asked(world):
+    run = world(scorers=[Graded()], steps=3).run()
+    assert [group.index for group in run.learner.trained][:4] == [0, 1, 2, 3]
+
+
+def test_a_reward_that_has_nothing_to_say_stops_the_run(world, monkeypatch):
+    monkeypatch.setattr(roll, "MAX_SILENT", 20)
+    run = world(scorers=[Graded(silent_from=10)], steps=9, skip_without_signal=True)
+    with pytest.raises(DriverError, match="20 groups in a row had equal rewards"):
+        run.run()

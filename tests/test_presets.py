@@ -1,0 +1,142 @@
+"""Each recipe's preset says what its source says: figures by hand from the papers' tables."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from distrl.config import PRESETS, Config, ConfigError, preset_path, read_yaml
+
+GAE = {"learn.advantage.kind": "gae", "learn.advantage.gamma": 1.0, "learn.advantage.lam": 0.95}
+CLIP = {
+    "learn.objective.kind": "clip",
+    "learn.objective.clip_low": 0.2,
+    "learn.objective.clip_high": 0.2,
+}
+GROUP = {
+    "learn.advantage.kind": "group",
+    "learn.advantage.baseline": "mean",
+    "learn.advantage.scale": "std",
+    "learn.advantage.whiten": False,
+    "learn.epochs": 1,
+}
+TLDR = {"samples": 512, "episodes": 1_000_000, "learn.epochs": 4, "learn.schedule": "linear"}
+
+SOURCES: dict[str, dict[str, Any]] = {
+    # Section 2.2: "2M episodes, gamma = 1, four PPO epochs per batch with one minibatch each",
+    # batch 1024, 1.41e-5; the code: kl 0.15, target 6, horizon 10,000, Adam's epsilon 1e-5 (TF).
+    "ziegler": GAE | CLIP | {
+        "samples": 1024, "episodes": 2_000_000, "learn.epochs": 4, "learn.minibatches": 1,
+        "learn.lr": 1.41e-5, "learn.schedule": "linear", "learn.adam_epsilon_in": "tf",
+        "learn.adam_eps": 1e-5, "learn.value.trunk": "shared", "learn.value.coef": 0.1,
+        "learn.kl.kind": "adaptive", "learn.kl.coef": 0.15, "learn.kl.target": 6.0,
+        "learn.kl.horizon": 10_000, "generate.temperature": 0.7, "generate.max_new_tokens": 24,
+        "learn.advantage.whiten_rewards": True,
+    },
+    # Appendix B.1.
+    "stiennon": GAE | CLIP | TLDR | {
+        "learn.lr": 1.5e-5, "learn.kl.coef": 0.05, "learn.value.trunk": "separate",
+        "learn.value.start": "reward_model", "generate.max_new_tokens": 48,
+    },
+    # Appendix C.4: 256k episodes, batches of 512, minibatches of 64, one inner epoch; warm-up over
+    # ten iterations; 8 times more pretraining examples than episodes, gamma 27.8, beta 0.02.
+    "instructgpt": GAE | CLIP | {
+        "samples": 512, "episodes": 256_000, "minibatch": 64, "learn.epochs": 1,
+        "learn.warmup_steps": 10, "learn.schedule": "constant", "learn.ema": 0.992,
+        "learn.kl.coef": 0.02, "learn.kl.kind": "fixed", "learn.pretrain.coef": 27.8,
+        "learn.pretrain.sequences": 8 * 64, "learn.critic_lr": 9e-6, "generate.temperature": 1.0,
+        "learn.value.start": "reward_model", "learn.value.trunk": "separate",
+        "learn.adam_betas": (0.9, 0.95),
+    },
+    # Section 4.1: lambda_KL.
+    "bai": GAE | {"learn.kl.coef": 0.001, "learn.kl.kind": "fixed", "learn.kl.place": "reward"},
+    # The paper's table of PPO.
+    "nplus": GAE | CLIP | TLDR | {
+        "learn.lr": 3e-6, "learn.minibatches": 1, "learn.kl.coef": 0.05, "learn.value.clip": 0.2,
+        "generate.temperature": 0.7, "generate.max_new_tokens": 53, "learn.adam_eps": 1e-5,
+        "learn.adam_epsilon_in": "torch", "score.missing_eos_penalty": -1.0,
+        "learn.advantage.whiten_rewards": False,
+    },
+    # Section 4.2.
+    "grpo": GROUP | {
+        "samples": 1024, "generate.samples_per_prompt": 64, "generate.max_new_tokens": 1024,
+        "learn.lr": 1e-6, "learn.kl.coef": 0.04, "learn.kl.place": "loss",
+        "learn.kl.estimator": "k3", "learn.minibatches": 1, "learn.objective.aggregate": "sequence",
+    },
+    # Section 4.1: 512 prompts of 16 responses, minibatches of 512 responses; 16,384 tokens and
+    # 4,096 of soft punishment.
+    "dapo": GROUP | {
+        "driver.prompts_per_step": 512, "generate.samples_per_prompt": 16, "minibatch": 512,
+        "learn.lr": 1e-6, "learn.warmup_steps": 20, "learn.objective.clip_low": 0.2,
+        "learn.objective.clip_high": 0.28, "learn.objective.aggregate": "token",
+        "learn.kl.coef": 0.0, "score.overlong.start": 16_384, "score.overlong.full": 20_480,
+        "generate.max_new_tokens": 20_480, "driver.skip_without_signal": True,
+    },
+    "rloo": {
+        "learn.advantage.kind": "group", "learn.advantage.baseline": "leave_one_out",
+        "learn.advantage.scale": "none", "learn.objective.kind": "policy_gradient",
+        "generate.samples_per_prompt": 4, "learn.kl.coef": 0.03, "learn.lr": 1e-6,
+        "learn.epochs": 1,
+    },
+    # Section 5.1.
+    "gspo": GROUP | {
+        "learn.objective.kind": "sequence", "learn.objective.clip_low": 3e-4,
+        "learn.objective.clip_high": 4e-4, "learn.objective.aggregate": "sequence",
+        "learn.minibatches": 4,
+    },
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    return Config.model_validate(read_yaml(preset_path(name)))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_preset_is_what_its_source_says(name):
+    config = preset(name)
+    derived = {
+        "samples": config.samples_per_step,
+        "minibatch": config.samples_per_step // config.learn.minibatches,
+    }
+    for field, wanted in SOURCES[name].items():
+        if field == "episodes":
+            episodes = config.driver.steps * config.samples_per_step
+            assert abs(episodes - wanted) < config.samples_per_step, "to the step"
+        elif field in derived:
+            assert derived[field] == wanted, field
+        else:
+            assert reduce(getattr, field.split("."), config) == wanted, field
+
+
+def test_every_recipe_has_a_source_and_a_name_of_its_own():
+    there = {path.stem for path in PRESETS.glob("*.yaml")}
+    assert there - {"demo", "smollm2"} == set(SOURCES)
+    assert {preset(name).run.name for name in there} == there
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"learn": {"advantage": {"kind": "group", "baseline": "leave_one_out"}}, "n": 1},
+            r"generate\.samples_per_prompt=1 leaves none; sample at least 2",
+        ),
+        ({"driver": {"skip_without_signal": True}, "n": 1}, "samples_per_prompt to 2 or more"),
+        (
+            {"learn": {"advantage": {"kind": "returns"}, "value": {"warmup_steps": 2}}},
+            r"learn\.advantage\.kind=returns has none; set it to 0",
+        ),
+        ({"learn": {"value": {"warmup_steps": 40}}}, "leaves the policy no step"),
+        (
+            {"score": {"overlong": {"penalty": 1, "start": 50, "full": 60}}},
+            r"never passed, as responses end at generate\.max_new_tokens=40",
+        ),
+        ({"score": {"overlong": {"start": 9, "full": 9}}}, r"must be above score\.overlong\.start"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_with_the_fix(values, message):
+    samples = values.pop("n", 4)
+    with pytest.raises((ConfigError, ValueError), match=message):
+        Config.model_validate(values | {"generate": {"samples_per_prompt": samples}})
