@@ -133,8 +133,8 @@ def _mean_running(groups: Sequence[dict[str, Any]]) -> Floats:
 
 
 def _scoring(groups: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """(base, seconds a token) of a scorer: the quickest half waited for nobody else's pass."""
-    quick = sorted(groups, key=lambda group: group["score_s"])[: max(2, len(groups) // 2)]
+    """(base, seconds a token) of a scorer: the quickest tenth waited for nobody else's pass."""
+    quick = sorted(groups, key=lambda group: group["score_s"])[: max(2, len(groups) // 10)]
     tokens = np.array([group["tokens"] for group in quick], dtype=float)
     seconds = np.array([group["score_s"] for group in quick])
     return _non_negative(np.ones_like(tokens), tokens, seconds)
