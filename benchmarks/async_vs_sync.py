@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 from common import ROOT, metrics, report, total, train_on
+from scipy import stats
 
 WARM_UP = 2
 LAST = 10
@@ -44,6 +45,7 @@ def main() -> None:
             "limit (slower side alone)": _spread(limits),
             "final reward, sync": _spread(sync_rewards),
             "final reward, async": _spread(async_rewards),
+            "sync - async, 95 % interval": _difference(sync_rewards, async_rewards),
         },
         f"python benchmarks/async_vs_sync.py --steps {options.steps} --seeds {options.seeds}",
     )
@@ -61,6 +63,16 @@ def _final_reward(rows: list[dict[str, float]]) -> float:
 def _spread(values: list[float]) -> str:
     listed = ", ".join(f"{v:.2f}" for v in values)
     return f"{statistics.fmean(values):.2f}  ({listed})"
+
+
+def _difference(sync: list[float], overlapped: list[float]) -> str:
+    """Of pairs with the same seed, by Student's t."""
+    if len(sync) < 2:
+        return "needs two seeds"
+    gaps = [a - b for a, b in zip(sync, overlapped, strict=True)]
+    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+    half = error * float(stats.t.ppf(0.975, len(gaps) - 1))
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -27,20 +27,30 @@ def distrl(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "distrl.cli", *words], check=True, cwd=ROOT)
 
 
-def train_on(source: Path, *, steps: int, staleness: int | str, seed: int = 0) -> Path:
-    """PPO of the demo, from the finished stages of run `source`; the new run's directory.
+def train_on(
+    source: Path,
+    *,
+    steps: int,
+    staleness: int | str = 1,
+    seed: int = 0,
+    label: str | None = None,
+    words: Sequence[str] = (),
+) -> Path:
+    """The demo's policy optimisation, from the finished stages of run `source`, with further
+    `words`; the new run's directory, named by `label` (by its staleness where there is none).
 
     A run that has ended with the same words serves again, for benchmarks share what they
     look at; remove its directory to have it done anew.
     """
+    label = label or f"staleness-{staleness}"
     words = [
         "train", "--preset", "demo", "--fresh", "--run.seed", str(seed),
         "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
         "--score.parts", f'[{{"name": "human", "model": "{source / "reward-model" / "model"}"}}]',
         "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
-        "--driver.checkpoint_every", str(steps), "--no-metrics.wandb",
+        "--driver.checkpoint_every", str(steps), "--no-metrics.wandb", *words,
     ]  # fmt: skip
-    run = ROOT / "runs" / f"benchmark-staleness-{staleness}-{seed}"
+    run = ROOT / "runs" / f"benchmark-{label}-{seed}"
     note = run / "benchmark.json"
     if note.exists() and json.loads(note.read_text()) == words:
         print(f"{run} is there: not run again", flush=True)

@@ -185,6 +185,18 @@ class PretrainConfig(Section):
     )
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters, trained instead of the policy's own weights."""
+
+    rank: int = Field(default=0, ge=0, description="columns of the adapters; 0: none")
+    alpha: int = Field(default=32, ge=1, description="they are scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="names of the layers that get one",
+    )
+
+
 class LearnConfig(Section):
     """The learner: policy optimisation on scored rollouts."""
 
@@ -238,6 +250,7 @@ class LearnConfig(Section):
     value: ValueConfig = ValueConfig()
     kl: KLConfig = KLConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    lora: LoRAConfig = LoRAConfig()
 
     @model_validator(mode="after")
     def _check(self) -> LearnConfig:
@@ -251,6 +264,11 @@ class LearnConfig(Section):
             raise ConfigError(
                 "learn.objective.kind=sequence (GSPO) is a mean over sequences; set "
                 "learn.objective.aggregate=sequence"
+            )
+        if self.value.trunk == "shared" and self.lora.rank:
+            raise ConfigError(
+                "learn.lora freezes the policy's body, so a critic cannot share it; set "
+                "learn.value.trunk=separate"
             )
         if self.value.trunk == "shared" and self.value.start != "policy":
             raise ConfigError(

@@ -73,7 +73,9 @@ class PolicyLearner:
             spec.config.objective.penalty, spec.config.objective.penalty_target or 1.0
         )
         self.average = (
-            WeightAverage(self.policy, spec.config.ema) if spec.config.ema is not None else None
+            WeightAverage(self.networks.trained[0], spec.config.ema)
+            if spec.config.ema is not None
+            else None
         )
         self.pretrain = Examples.load(spec.pretrain) if spec.pretrain is not None else None
         self.publisher = SharedMemoryPublisher()
@@ -260,6 +262,7 @@ class PolicyLearner:
             version=self.version,
             vocab=len(self.tokenizer),
             probe_tokens=self.spec.canary_tokens,
+            state=self.networks.policy_state(),
         )
 
     # -- state --------------------------------------------------------------------
@@ -304,7 +307,7 @@ class PolicyLearner:
         """The policy and its tokenizer in Hugging Face format: the average of its weights where
         `learn.ema` asks for one."""
         with nullcontext() if self.average is None else self.average.in_place():
-            save_policy(self.policy, self.tokenizer, folder)
+            save_policy(self.policy, self.tokenizer, folder, state=self.networks.policy_state())
 
     def close(self) -> None:
         self.publisher.close()

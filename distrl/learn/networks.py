@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.models.heads import ScalarModel
 from distrl.models.load import ModelError, load_policy
+from distrl.models.lora import Adapter, add_adapter, merged_tensors, without_adapter
 
 
 @dataclass(kw_only=True, slots=True)
 class Networks:
-    """`reference` is frozen. `critic` is None where advantages need none; where `shared`, it
-    stands on the policy's own body."""
+    """`reference` is frozen; None: the policy without its `adapter`. `critic` is None where
+    advantages need none; where `shared`, it stands on the policy's own body."""
 
     policy: PreTrainedModel
-    reference: PreTrainedModel
+    reference: PreTrainedModel | None
     critic: ScalarModel | None
     shared: bool = False
+    adapter: Adapter | None = None
 
     @classmethod
     def load(
@@ -39,7 +43,6 @@ class Networks:
         given. Raises ModelError."""
         trained = load_policy(policy, tokenizer=load_tokenizer(policy))
         check_head(trained, policy)
-        reference = load_policy(policy).requires_grad_(False)
         critic = None
         shared = config.has_critic and config.value.trunk == "shared"
         if shared:
@@ -48,10 +51,23 @@ class Networks:
             critic = ScalarModel.load(reward_model)
         elif config.has_critic:
             critic = ScalarModel.from_policy(trained, seed, zero_head=True)
+        adapter = add_adapter(trained, config.lora, seed) if config.lora.rank else None
+        reference = None if adapter else load_policy(policy).requires_grad_(False)
         for module in (trained, reference, critic):
             if module is not None:
                 nn.Module.to(module, device)
-        return cls(policy=trained, reference=reference, critic=critic, shared=shared)
+        return cls(
+            policy=trained, reference=reference, critic=critic, shared=shared, adapter=adapter
+        )
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The reference, for as long as the block lasts: nothing else may run the policy."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with without_adapter(self.policy):
+            yield self.policy
 
     @property
     def critic_part(self) -> nn.Module | None:
@@ -60,9 +76,13 @@ class Networks:
 
     @property
     def trained(self) -> tuple[nn.Module, ...]:
-        """What learns, each weight in one of them."""
-        mine = self.critic_part
-        return (self.policy,) if mine is None else (self.policy, mine)
+        """What learns, each weight in one of them: the policy or its adapter, then the critic."""
+        first = self.policy if self.adapter is None else self.adapter
+        return (first,) if self.critic_part is None else (first, self.critic_part)
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """The policy's weights under the names of its checkpoint, adapters merged."""
+        return self.policy.state_dict() if self.adapter is None else merged_tensors(self.policy)
 
 
 def check_head(policy: PreTrainedModel, folder: Path) -> None:

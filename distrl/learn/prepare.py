@@ -181,9 +181,10 @@ class _Passes:
                     networks.policy, rows, self.temperature, with_entropy=True, states_ND=states
                 )
             if self.config.kl.used:
-                self.reference[part, :width], _ = response_logprobs(
-                    networks.reference, rows, self.temperature, with_entropy=False
-                )
+                with networks.as_reference() as reference:
+                    self.reference[part, :width], _ = response_logprobs(
+                        reference, rows, self.temperature, with_entropy=False
+                    )
             if networks.critic is not None:
                 shared = states if networks.shared else None
                 self.values[part, :width] = response_values(networks.critic, rows, shared)

@@ -94,13 +94,17 @@ def load_policy(
 
 
 def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | str,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write model and tokenizer to `folder` in Hugging Face's layout, safetensors, whole or not at
-    all. Raises ModelError where a weight is not finite: such a policy would sample rubbish."""
+    all. `state`: weights to write instead of the model's own, under the names of its checkpoint.
+    Raises ModelError where a weight is not finite: such a policy would sample rubbish."""
     check_finite(model)
     with replacing(Path(folder)) as new:
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
 
 

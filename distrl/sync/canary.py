@@ -6,6 +6,7 @@ layer that was packed wrongly for its kernels; what the engine computes shows bo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,22 @@ from distrl.sync.memory import SharedMemoryPublisher, checkpoint_tensors
 
 
 def publish(
-    model: Any, publisher: SharedMemoryPublisher, *, version: int, vocab: int, probe_tokens: int
+    model: Any,
+    publisher: SharedMemoryPublisher,
+    *,
+    version: int,
+    vocab: int,
+    probe_tokens: int,
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> Weights:
     """Put a Hugging Face causal model's weights into shared memory.
 
-    vocab: ids that the tokenizer knows; the probe is drawn from them.
+    vocab: ids that the tokenizer knows; the probe is drawn from them. state: the weights under
+    the engine's names, where the model has others (adapters merged).
     Raises NonFiniteWeights.
     """
-    locator, nbytes = publisher.publish(checkpoint_tensors(model), version)
+    tensors = checkpoint_tensors(model.state_dict() if state is None else state)
+    locator, nbytes = publisher.publish(tensors, version)
     probe = probe_ids(vocab, probe_tokens)
     return Weights(
         version=version,

@@ -112,8 +112,8 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def checkpoint_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face model under their checkpoint names.
+def checkpoint_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face model's state under their checkpoint names.
 
     `named_parameters` lists a tied pair once, under the embedding's name; an engine
     that is sent the embedding alone keeps its old output head without a word. So the
@@ -121,7 +121,7 @@ def checkpoint_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     seen: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         tensor = tensor.detach()
         tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())

@@ -67,7 +67,7 @@ class Policies:
 
     def publish_without_head(self, version: int) -> Weights:
         """As if the tied output head had been forgotten."""
-        tensors = checkpoint_tensors(self[version])
+        tensors = checkpoint_tensors(self[version].state_dict())
         del tensors["lm_head.weight"]
         locator, nbytes = self.publisher.publish(tensors, version)
         probe = probe_ids(300, 24)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
+from distrl.config import LearnConfig
+from distrl.learn.learner import PolicyLearner
+from distrl.learn.spec import LearnerSpec
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
 
 
@@ -64,3 +67,33 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
+
+
+@pytest.fixture
+def new_learner(tiny_policy, tmp_path):
+    made = []
+
+    def make(examples=None, total_steps: int = 10, **config) -> PolicyLearner:
+        spec = LearnerSpec(
+            policy=tiny_policy,
+            reward_model=None,
+            config=LearnConfig.model_validate(QUICK | config),
+            total_steps=total_steps,
+            total_samples=12 * total_steps,
+            longest=12,
+            temperature=1.0,
+            seed=3,
+            canary_tokens=8,
+            scratch=tmp_path / "scratch",
+            pretrain=examples,
+            threads=1,
+        )
+        made.append(PolicyLearner(spec))
+        return made[-1]
+
+    yield make
+    for learner in made:
+        learner.close()

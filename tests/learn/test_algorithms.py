@@ -14,18 +14,15 @@ from distrl.config import AdvantageConfig, ConfigError, LearnConfig
 from distrl.learn.advantages import Outcome, estimate, estimator
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import to_experience
-from distrl.learn.learner import PolicyLearner
 from distrl.learn.objectives import objective
 from distrl.learn.optimizer import TFAdamW
 from distrl.learn.pretrain import Examples, save_examples
-from distrl.learn.spec import LearnerSpec
 from distrl.learn.update import pretrain_backward
 from distrl.metrics.names import unknown_names
 from distrl.models.load import load_policy
 from distrl.records import RolloutBatch
 
 OWN = "tests.learn.own_algorithm"
-QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
 VARIANTS = {
     "grpo": {
         "advantage": {"kind": "group", "whiten": False},
@@ -55,39 +52,13 @@ VARIANTS = {
     "linear": {"kl": {"kind": "linear", "coef": 0.2, "final": 0.1}},
     "entropy": {"objective": {"entropy_bonus": 0.01}},
     "tf": {"adam_epsilon_in": "tf", "adam_eps": 1e-5},
+    "lora": {"lora": {"rank": 4}},
     "unwatched": {"kl": {"coef": 0.0, "watch": False}},
     "own": {
         "advantage": {"kind": f"{OWN}:best_of_group", "whiten": False},
         "objective": {"kind": f"{OWN}:likelihood"},
     },
 }  # fmt: skip
-
-
-@pytest.fixture
-def new_learner(tiny_policy, tmp_path):
-    made = []
-
-    def make(examples=None, **config) -> PolicyLearner:
-        spec = LearnerSpec(
-            policy=tiny_policy,
-            reward_model=None,
-            config=LearnConfig.model_validate(QUICK | config),
-            total_steps=10,
-            total_samples=120,
-            longest=12,
-            temperature=1.0,
-            seed=3,
-            canary_tokens=8,
-            scratch=tmp_path / "scratch",
-            pretrain=examples,
-            threads=1,
-        )
-        made.append(PolicyLearner(spec))
-        return made[-1]
-
-    yield make
-    for learner in made:
-        learner.close()
 
 
 def policy_of(learner):

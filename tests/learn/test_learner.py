@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl.algo import largest_gain
-from distrl.config import LearnConfig
 from distrl.learn.learner import LocalLearner, PolicyLearner
-from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import StateMismatch
 from distrl.learn.update import Update
 from distrl.metrics.names import unknown_names
@@ -24,34 +22,6 @@ from distrl.models import sample
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
 from distrl.roles import LearnerFailed
 from distrl.sync.memory import NonFiniteWeights
-
-QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
-
-
-@pytest.fixture
-def new_learner(tiny_policy, tmp_path):
-    made = []
-
-    def make(total_steps: int = 10, **config) -> PolicyLearner:
-        spec = LearnerSpec(
-            policy=tiny_policy,
-            reward_model=None,
-            config=LearnConfig.model_validate(QUICK | config),
-            total_steps=total_steps,
-            total_samples=12 * total_steps,
-            longest=12,
-            temperature=1.0,
-            seed=3,
-            canary_tokens=8,
-            scratch=tmp_path / "scratch",
-            threads=1,
-        )
-        made.append(PolicyLearner(spec))
-        return made[-1]
-
-    yield make
-    for learner in made:
-        learner.close()
 
 
 def weights(learner: PolicyLearner) -> list[torch.Tensor]:

@@ -1,0 +1,106 @@
+"""Adapters: what learns, what it is held to, and what the engine is sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distrl.config import LoRAConfig
+from distrl.learn.learner import PolicyLearner
+from distrl.models.load import ModelError, load_policy
+from distrl.models.lora import add_adapter, merged_tensors, without_adapter
+from distrl.sync.memory import checkpoint_tensors
+
+LORA = {"lora": {"rank": 4, "alpha": 8}}
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+IDS = torch.arange(20, 50)[None]
+
+
+@pytest.fixture
+def learner(new_learner):
+    return new_learner(**LORA)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_only_the_adapter_and_the_critic_learn(learner, make_groups, tiny_policy):
+    base = load_policy(tiny_policy)
+    torch.testing.assert_close(logits(learner.policy), logits(base), **EXACT)
+    first = learner.learn(make_groups(seed=1)).metrics
+    assert first["kl/ref"] == pytest.approx(0, abs=1e-5), "an adapter adds nothing at first"
+    second = learner.learn(make_groups(seed=2)).metrics
+    assert second["kl/ref"] != pytest.approx(0, abs=1e-5)
+    kept = {n: p for n, p in learner.policy.named_parameters() if ".lora_" not in n}
+    assert all(
+        torch.equal(p, base.get_parameter(n.replace(".base_layer", ""))) for n, p in kept.items()
+    )
+    assert not any(p.requires_grad for p in kept.values())
+    count = sum(p.numel() for p in learner.networks.trained[0].parameters())
+    assert 0 < count < sum(p.numel() for p in base.parameters()) / 3
+
+
+def test_without_it_the_policy_is_the_reference(learner, make_groups, tiny_policy):
+    learner.learn(make_groups(seed=1))
+    with learner.networks.as_reference() as reference:
+        torch.testing.assert_close(logits(reference), logits(load_policy(tiny_policy)), **EXACT)
+    assert not torch.allclose(logits(learner.policy), logits(load_policy(tiny_policy)), **EXACT)
+    with pytest.raises(RuntimeError, match="in the block"), without_adapter(learner.policy):
+        raise RuntimeError("in the block")
+    assert not torch.allclose(logits(learner.policy), logits(load_policy(tiny_policy)), **EXACT)
+
+
+def test_the_engine_is_sent_the_merged_weights_under_its_own_names(
+    learner, make_groups, tiny_policy
+):
+    learner.learn(make_groups(seed=1))
+    base = load_policy(tiny_policy)
+    before = {n: p.clone() for n, p in learner.policy.state_dict().items()}
+    sent = checkpoint_tensors(learner.networks.policy_state())
+    assert sent.keys() == checkpoint_tensors(base.state_dict()).keys()
+    base.load_state_dict(sent)
+    torch.testing.assert_close(logits(base), logits(learner.policy), **EXACT)
+    assert all(torch.equal(p, before[n]) for n, p in learner.policy.state_dict().items())
+    assert learner.publish().version == 1
+
+
+def test_the_export_is_an_ordinary_policy(learner, make_groups, tmp_path):
+    learner.learn(make_groups(seed=1))
+    learner.export(tmp_path / "policy")
+    exported = load_policy(tmp_path / "policy")
+    torch.testing.assert_close(logits(exported), logits(learner.policy), **EXACT)
+    names = {name for name, _ in exported.named_parameters()}
+    assert not [name for name in names if "lora" in name]
+
+
+def test_a_checkpoint_holds_the_adapter_alone(
+    learner: PolicyLearner, new_learner, make_groups, tmp_path
+):
+    learner.learn(make_groups(seed=1))
+    learner.save(tmp_path / "state")
+    resumed = new_learner(**LORA)
+    resumed.load(tmp_path / "state")
+    torch.testing.assert_close(logits(resumed.policy), logits(learner.policy), atol=0, rtol=0)
+    critic = (tmp_path / "state" / "critic.safetensors").stat().st_size
+    assert (tmp_path / "state" / "policy.safetensors").stat().st_size < critic / 3
+
+
+def test_targets_that_name_nothing_are_refused_with_those_there_are(tiny_policy):
+    config = LoRAConfig(rank=2, targets=("q_proj", "query"))
+    with pytest.raises(ModelError, match=r"no layer .* called 'query'; it has down_proj, gate"):
+        add_adapter(load_policy(tiny_policy), config, seed=0)
+
+
+def test_merging_adds_the_scaled_product(tiny_policy):
+    model = load_policy(tiny_policy)
+    adapter = add_adapter(model, LoRAConfig(rank=2, alpha=6, targets=("q_proj",)), seed=0)
+    with torch.no_grad():
+        for weight in adapter.parameters():
+            weight.copy_(torch.randn(weight.shape))
+    layer = model.get_submodule("model.layers.1.self_attn.q_proj")
+    a, b = (layer.get_parameter(f"lora_{x}.default.weight") for x in "AB")
+    plain = layer.get_parameter("base_layer.weight")
+    merged = merged_tensors(model)["model.layers.1.self_attn.q_proj.weight"]
+    torch.testing.assert_close(merged, plain + 3 * b @ a)
