@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import claimed, ensure_reward_model, ensure_sft, reward_model_folder
+from distrl.cli.stages import claimed, ensure_sft, make_reward_model, reward_stage
 
 
 def run(about: str, argv: list[str]) -> int:
@@ -14,6 +14,6 @@ def run(about: str, argv: list[str]) -> int:
         return 0
     with claimed(options.config, resume=True, fresh=False):
         ensure_sft(options.config)
-        ensure_reward_model(options.config, fresh=options.fresh)
-    print(f"reward model: {reward_model_folder(options.config)}")
+        make_reward_model(options.config, fresh=options.fresh)
+    print(f"reward model: {reward_stage(options.config).folder / 'model'}")
     return 0

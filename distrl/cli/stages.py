@@ -138,12 +138,23 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
 
 
 def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
-    """Run the reward-model stage unless it is finished or `score.parts` name other rewards."""
+    """Run the reward-model stage unless it is finished, or no part of the reward comes of it."""
+    if _own_reward_model(config):
+        make_reward_model(config, fresh=fresh)
+    else:
+        print("Reward model: none to train, score.parts names the rewards", flush=True)
+
+
+def _own_reward_model(config: Config) -> bool:
+    mine = (reward_stage(config).folder / "model").resolve()
+    named = [part.model for part in config.score.parts if part.model is not None]
+    return not config.score.parts or any(Path(model).resolve() == mine for model in named)
+
+
+def make_reward_model(config: Config, *, fresh: bool = False) -> None:
+    """Run the reward-model stage unless it is finished."""
     from distrl.learn.reward_model import run_reward_model
 
-    if config.score.parts:
-        print("Reward model: none to train, score.parts names the rewards", flush=True)
-        return
     stage = reward_stage(config)
     if stage.finished() and not fresh:
         print(f"Reward model: finished before, reusing {stage.folder / 'model'}", flush=True)
