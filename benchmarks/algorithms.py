@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, metrics, report, train_on
+from common import ROOT, metrics, plot_rewards, report, train_on
 
 LAST = 10
 
@@ -55,7 +55,7 @@ def main() -> None:
         for name in names
     }
     path = ROOT / "runs" / "algorithms.png"
-    _plot(path, rows)
+    plot_rewards(path, rows, "algorithm", _reward)
     figures: dict[str, Any] = {name: _summary(of) for name, of in rows.items()}
     if "ppo" in rows:
         for name in ("a2c", "reinforce"):
@@ -90,21 +90,6 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{rows[-1]['samples/total']:,} samples in {sum(row['time/step'] for row in rows):.0f} s, "
         f"{rows[-1]['driver/drops']:.0f} groups dropped"
     )
-
-
-def _plot(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, run in rows.items():
-        axes.plot([row["samples/total"] for row in run], [_reward(row) for row in run], label=name)
-    axes.set(xlabel="samples", ylabel="reward")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

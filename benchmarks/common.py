@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,28 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def total(rows: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows)
+
+
+def plot_rewards(
+    path: Path,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str,
+    reward: Callable[[Mapping[str, Any]], float] = lambda row: row["reward/mean"],
+) -> None:
+    """Reward against samples, a line a run; `title` says what their names are of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, run in rows.items():
+        axes.plot([row["samples/total"] for row in run], [reward(row) for row in run], label=name)
+    axes.set(xlabel="samples", ylabel="reward")
+    axes.legend(title=title)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def machine() -> str:

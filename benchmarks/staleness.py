@@ -3,7 +3,7 @@
     python benchmarks/staleness.py [--from runs/demo] [--steps 40] [--bounds 0,1,2,4,8,auto]
 
 PPO of the demo (finished SFT and reward model of --from) at each bound, all else equal. Writes
-runs/staleness.png: reward against samples, a line a bound. For the longest fixed bound it prints
+runs/staleness.png: reward against samples, a line a bound. For bounds of 4 and more it prints
 what each age of tokens was like, and for auto where the bound settled and the ESS there.
 """
 
@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, metrics, report, train_on
+from common import ROOT, metrics, plot_rewards, report, train_on
 
 LAST = 10
+AGES_FROM = 4
+OF_AGE = "offpolicy/tokens/lag"
 
 
 def main() -> None:
@@ -32,10 +34,11 @@ def main() -> None:
         for bound in bounds
     }
     path = ROOT / "runs" / "staleness.png"
-    _plot(path, rows)
+    plot_rewards(path, rows, "max_staleness")
     figures: dict[str, Any] = {f"bound {bound}": _summary(of) for bound, of in rows.items()}
-    fixed = [bound for bound in bounds if bound != "auto"]
-    figures |= {f"bound {fixed[-1]}, {k}": v for k, v in _by_lag(rows[fixed[-1]]).items()}
+    for bound in bounds:
+        if bound != "auto" and int(bound) >= AGES_FROM:
+            figures |= {f"bound {bound}, {lag}": v for lag, v in _by_lag(rows[bound]).items()}
     figures["picture"] = path
     report(
         "Staleness",
@@ -59,7 +62,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _by_lag(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """KL and ESS by age: token-weighted means over the run."""
-    lags = sorted({int(n.rpartition("lag")[2]) for r in rows for n in r if n.startswith("offpol")})
+    lags = sorted({int(n.rpartition("lag")[2]) for r in rows for n in r if n.startswith(OF_AGE)})
     return {f"lag {lag}": _at_lag(rows, lag) for lag in lags}
 
 
@@ -75,23 +78,6 @@ def _at_lag(rows: Sequence[Mapping[str, Any]], lag: int) -> str:
         f"{tokens:,.0f} tokens, KL {mean('kl'):.2e}, ESS {mean('ess'):.3f}, "
         f"ratio {mean('ratio_mean'):.3f}, outside the clip {mean('clip_fraction'):.3f}"
     )
-
-
-def _plot(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for bound, run in rows.items():
-        axes.plot(
-            [row["samples/total"] for row in run], [row["reward/mean"] for row in run], label=bound
-        )
-    axes.set(xlabel="samples", ylabel="reward")
-    axes.legend(title="max_staleness")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

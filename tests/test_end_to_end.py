@@ -352,6 +352,16 @@ def test_ctrl_c_leaves_nothing_behind(interrupted: Run) -> None:
     interrupted.assert_nothing_left(within_s=10)
 
 
+def test_ctrl_c_while_the_actors_start(begin: Callable[..., Run]) -> None:
+    run = begin("train")
+    run.wait_until(lambda: [p for p in run.family() if p.name().startswith("VLLM")])
+    run.interrupt(signal.SIGINT)
+    assert run.end(60) == 130, run.output
+    assert "distrl train: interrupted" in run.output
+    assert "Traceback" not in run.output, run.output
+    run.assert_nothing_left(within_s=15)
+
+
 def test_kill_9_leaves_nothing_behind(killed: Run) -> None:
     assert killed.process.returncode == -signal.SIGKILL
     killed.assert_nothing_left(within_s=30, but=RAY_AGENTS)
@@ -453,11 +463,13 @@ def start_ray(words: list[str], env: dict[str, str], scratch: Path) -> subproces
 def test_learner_and_generator_on_two_machines(
     machines: tuple[str, dict[str, str], str], begin: Callable[..., Run]
 ) -> None:
-    """Each machine has room for one of the two, so weights are relayed; SIGTERM ends it."""
+    """Each machine has room for one of the two, so weights are relayed; generation runs ahead of
+    the bound, and what got too old is dropped; SIGTERM ends it."""
     address, secret, mark = machines
     placement = ("--learn.cpus", "1.5", "--generate.cpus", "1.5", "--cluster.address", address)
-    run = begin("train", *placement, "--driver.steps", "40", **secret)
-    run.wait_for_step(2)
+    ahead = ("--driver.lead", "3", "--driver.on_stale", "drop", "--driver.window", "2")
+    run = begin("train", *placement, *ahead, "--driver.steps", "40", **secret)
+    run.wait_for_step(4)
     actors = {p.name()[:9]: p for p in marked(mark) if p.name().startswith("ray::")}
     generator, learner = actors["ray::Gene"], actors["ray::Lear"]
     assert generator.ppid() != learner.ppid(), "both on one machine"
@@ -469,6 +481,9 @@ def test_learner_and_generator_on_two_machines(
     steps = run.steps()
     assert steps == list(range(1, steps[-1] + 1))
     assert all(row["mismatch/lag0_abs_mean"] < 1e-4 for row in run.rows()[:1])
+    assert max(row["staleness/max"] for row in run.rows()) <= 1
+    assert max(row["driver/lead"] for row in run.rows()) > 1, "it ran ahead of the bound"
+    assert main(["audit", str(run.folder)]) == 0
     run.assert_nothing_left(within_s=10)
     names = ("ray::Gene", "ray::Lear", "ray::Scor", "VLLM")
     deadline = time.monotonic() + 10

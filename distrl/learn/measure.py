@@ -48,7 +48,7 @@ def measure(
         ).item()
         metrics["value/mean"] = masked_mean(prepared.values, mask).item()
     if config.off_policy.weight != "none":
-        metrics["offpolicy/capped"] = _capped(batch, prepared, config)
+        metrics["ppo/capped"] = _capped(batch, prepared, config)
     fresh = prepared.computed & (batch.versions_BT == version)
     if fresh.any():
         gap = (prepared.proximal - batch.behaviour_BT).abs()

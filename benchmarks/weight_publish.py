@@ -1,0 +1,118 @@
+"""Seconds of a weight sync over those of a copy, and how long the engine stands still.
+
+    python benchmarks/weight_publish.py [--shapes tiny,smollm2] [--rounds 5]
+
+A sync: the learner publishes (finite check, image in shared memory, probe), the generator pauses
+its engine, takes the image on, resumes, and proves it by the canary. The copy: all tensors
+cloned, one thread. Both in turns, the engine idle. Aim, set before the first run: at most twice
+the copy for the publication; the engine's part is reported beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import report
+
+from distrl.config import GenerateConfig, ModelConfig, SyncConfig
+from distrl.data.smollm2 import resolve_model
+from distrl.data.tokenizer import train_tokenizer
+from distrl.generate.engine import EngineSpec
+from distrl.generate.generator import VLLMGenerator
+from distrl.models.load import load_policy, new_llama, save_policy
+from distrl.sync.canary import publish
+from distrl.sync.memory import SharedMemoryPublisher
+
+WORDS = "the movie is a good film and the story was not as bad as it could have been"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", default="tiny,smollm2")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {}
+    for shape in options.shapes.split(","):
+        with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
+            figures |= asyncio.run(_measure(shape, _folder(shape, Path(scratch)), options.rounds))
+    report(
+        "Weight sync",
+        figures,
+        f"python benchmarks/weight_publish.py --shapes {options.shapes} --rounds {options.rounds}",
+    )
+
+
+def _folder(shape: str, scratch: Path) -> Path:
+    if shape == "smollm2":
+        folder = resolve_model("smollm2")
+        assert folder is not None
+        return folder
+    tokenizer = train_tokenizer([WORDS] * 8, 2048, 128)
+    config = ModelConfig(hidden=256, heads=8, layers=4, vocab=2048, context=128)
+    save_policy(new_llama(config, tokenizer, seed=0), tokenizer, scratch / "policy")
+    return scratch / "policy"
+
+
+async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
+    model = load_policy(folder)
+    spec = EngineSpec(
+        model=folder,
+        config=GenerateConfig(max_num_seqs=16, kv_cache_gib=0.25),
+        max_model_len=128,
+        seed=0,
+        cores="0",
+    )
+    generator = VLLMGenerator("g0", spec, SyncConfig())
+    await generator.start()
+    publisher = SharedMemoryPublisher()
+    nbytes = 0
+    times: dict[str, list[float]] = {"copy": [], "publish": [], "transfer": [], "canary": []}
+    try:
+        for version in range(1, rounds + 2):
+            began = time.perf_counter()
+            copies = [parameter.detach().clone() for parameter in model.parameters()]
+            copied = time.perf_counter()
+            del copies
+            published = time.perf_counter()
+            weights = publish(model, publisher, version=version, vocab=256, probe_tokens=24)
+            ready, nbytes = time.perf_counter(), weights.nbytes
+            await generator._transfer(weights)
+            held = time.perf_counter()
+            gap = await generator._canary_gap(weights)
+            proven = time.perf_counter()
+            assert gap < 1e-3, gap
+            if version > 1:  # the first touches everything for the first time
+                times["copy"].append(copied - began)
+                times["publish"].append(ready - published)
+                times["transfer"].append(held - ready)
+                times["canary"].append(proven - held)
+    finally:
+        publisher.close()
+        await generator.close()
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    ratio = middle["publish"] / middle["copy"]
+    return {
+        f"{shape}, MB": f"{nbytes / 1e6:.1f}",
+        f"{shape}, copy, ms": _spread(times["copy"]),
+        f"{shape}, publish, ms": _spread(times["publish"]),
+        f"{shape}, publish over copy": f"{'ok  ' if ratio <= 2 else 'MISS'} {ratio:.2f}",
+        f"{shape}, engine paused and loading, ms": _spread(times["transfer"]),
+        f"{shape}, canary, ms": _spread(times["canary"]),
+    }
+
+
+def _spread(seconds: list[float]) -> str:
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    return f"{1000 * middle:.1f} ({1000 * low:.1f} to {1000 * high:.1f})"
+
+
+if __name__ == "__main__":
+    main()
