@@ -90,9 +90,12 @@ PROCESS_BYTES = 0.6 * GIB
 
 def _memory_bytes(config: Config, role: str) -> float:
     """Weights in float32, plus gradients and two Adam moments where there is an optimizer."""
-    weights = 4 * parameters(config)
+    weights, learn = 4 * parameters(config), config.learn
+    copies = 1.0 if learn.lora.rank else 4.0
+    copies += 4 * (learn.has_critic and learn.value.trunk == "separate")
+    copies += learn.kl.used and not learn.lora.rank  # the reference
     needed = {
-        "learner": weights * (4 + 4 + 1),  # policy and critic with 3 copies more, reference
+        "learner": weights * copies,
         "generator": 2 * weights + config.generate.kv_cache_gib * GIB,
         "scorer": weights,
     }

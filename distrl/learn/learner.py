@@ -1,12 +1,11 @@
 """The learner: owns the policy, the critic and their optimizers, in one process.
 
-`PolicyLearner` is plain and synchronous; `LocalLearner` is the `Learner` role around it for
-one process, and the Ray actor forwards to it likewise.
+`PolicyLearner` is plain and synchronous; `local.py` has the `Learner` role around it for one
+process, and the Ray actor forwards to it likewise.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
@@ -22,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distrl.algo import AdaptiveKL, AdaptivePenalty, FixedKL, LinearKL, lr_factor
-from distrl.config import LearnConfig
+from distrl.algo import AdaptivePenalty, lr_factor
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import Experience, to_experience
+from distrl.learn.leash import leash, resume_leash
 from distrl.learn.measure import by_age, measure, part_means
 from distrl.learn.networks import Networks
 from distrl.learn.optimizer import optimizer_for
@@ -296,10 +295,7 @@ class PolicyLearner:
         state = json.loads((folder / "learner.json").read_text())
         self.step, self.version = state["step"], state["version"]
         self.skips, self.skips_in_a_row = state["skips"], state["skips_in_a_row"]
-        if isinstance(self.kl, AdaptiveKL):
-            self.kl.coef = state["kl"]["coef"]
-        if isinstance(self.kl, LinearKL):
-            self.kl.seen = state["kl"]["seen"]
+        resume_leash(self.kl, state["kl"])
         self.penalty.coef = state["penalty"]
         self.recorder.rewind(self.step)
 
@@ -324,38 +320,3 @@ class _Step:
     report: MinibatchReport
     norm: float
     pretrain_loss: float
-
-
-def leash(config: LearnConfig, samples: int) -> AdaptiveKL | FixedKL | LinearKL:
-    """Who sets the price of a nat of KL to the reference, over a run of so many samples."""
-    kl = config.kl
-    if kl.kind == "adaptive":
-        return AdaptiveKL(kl.coef, kl.target, kl.horizon)
-    if kl.kind == "linear":
-        return LinearKL(kl.coef, kl.final, samples)
-    return FixedKL(kl.coef)
-
-
-class LocalLearner:
-    """The `Learner` role in one process: each call runs on a thread of its own."""
-
-    def __init__(self, learner: PolicyLearner) -> None:
-        self.learner = learner
-
-    async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
-        return await asyncio.to_thread(self.learner.learn, payloads, oldest=oldest)
-
-    async def publish(self) -> Weights:
-        return await asyncio.to_thread(self.learner.publish)
-
-    async def save(self, folder: Path) -> None:
-        await asyncio.to_thread(self.learner.save, folder)
-
-    async def load(self, folder: Path) -> None:
-        await asyncio.to_thread(self.learner.load, folder)
-
-    async def export(self, folder: Path) -> None:
-        await asyncio.to_thread(self.learner.export, folder)
-
-    async def close(self) -> None:
-        self.learner.close()

@@ -20,8 +20,8 @@ from distrl.models.lora import Adapter, add_adapter, merged_tensors, without_ada
 
 @dataclass(kw_only=True, slots=True)
 class Networks:
-    """`reference` is frozen; None: the policy without its `adapter`. `critic` is None where
-    advantages need none; where `shared`, it stands on the policy's own body."""
+    """`reference` is frozen; None: the policy without its `adapter`, or nobody asks. `critic` is
+    None where advantages need none; where `shared`, it stands on the policy's own body."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel | None
@@ -52,7 +52,9 @@ class Networks:
         elif config.has_critic:
             critic = ScalarModel.from_policy(trained, seed, zero_head=True)
         adapter = add_adapter(trained, config.lora, seed) if config.lora.rank else None
-        reference = None if adapter else load_policy(policy).requires_grad_(False)
+        reference = None
+        if config.kl.used and adapter is None:
+            reference = load_policy(policy).requires_grad_(False)
         for module in (trained, reference, critic):
             if module is not None:
                 nn.Module.to(module, device)

@@ -108,9 +108,9 @@ def test_only_what_needs_a_critic_has_one(new_learner, make_groups):
     assert len(list(shared.networks.trained[1].parameters())) == 2, "the head alone"
 
 
-def test_no_reference_is_read_where_nobody_asks(new_learner, make_groups, monkeypatch):
+def test_no_reference_is_there_where_nobody_asks(new_learner, make_groups):
     learner = new_learner(**VARIANTS["unwatched"])
-    monkeypatch.setattr(learner.networks, "reference", None)
+    assert learner.networks.reference is None
     assert "kl/ref" not in learner.learn(make_groups(seed=1)).metrics
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl.algo import largest_gain
-from distrl.learn.learner import LocalLearner, PolicyLearner
+from distrl.learn.learner import PolicyLearner
+from distrl.learn.local import LocalLearner
 from distrl.learn.state import StateMismatch
 from distrl.learn.update import Update
 from distrl.metrics.names import unknown_names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from distrl.models.lora import add_adapter, merged_tensors, without_adapter
 from distrl.sync.memory import checkpoint_tensors
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
-EXACT = {"atol": 1e-5, "rtol": 1e-5}
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 IDS = torch.arange(20, 50)[None]
 
 
