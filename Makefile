@@ -25,7 +25,7 @@ demo: setup
 	@$(BIN)/distrl demo
 
 test: lint
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
+	@$(BIN)/python -m pytest --durations=10
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -53,7 +53,7 @@ Done in {seconds / 60:.1f} minutes. Run directory: {where}
   {where}/metrics.jsonl      one line a step; W&B files in {where}/wandb
 
 What to try next:
-  distrl demo --run.name leash --learn.kl.coef 0.2       a shorter leash
+  distrl demo --run.name leash --learn.kl.target 4       a shorter leash
   distrl demo --run.name sync --driver.max_staleness 0   the same, synchronous
   distrl train --preset smollm2                          a 135M instruct model on this CPU
   distrl train --help                                    every setting, explained"""
