@@ -120,6 +120,19 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
             raise
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`, every file hashed. Raises CheckpointError where there is none
+        or it is not whole; the message lists those there are."""
+        try:
+            return Checkpoint(
+                step=step, path=self._path(step), state=_verify(self._path(step), step)
+            )
+        except _Torn as torn:
+            there = ", ".join(map(str, self.committed())) or "none"
+            raise CheckpointError(
+                f"{self.folder} has no whole checkpoint of step {step} ({torn}); there are: {there}"
+            ) from None
+
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, every file hashed; None where none was made.
 

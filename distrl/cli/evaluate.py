@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrl.checkpoint import RunDir
+from distrl.actors.launch import learner_spec
+from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import policy_folder, reward_model_folder
@@ -21,7 +23,9 @@ from distrl.evaluate import Comparison, compare, evaluate_policy, resolve_judge
 from distrl.evaluate.report import plot_reward_vs_kl, print_report, write_json
 from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
+from distrl.learn.learner import PolicyLearner
 from distrl.models import load_policy
+from distrl.models.load import checked_folder
 from distrl.records import Prompt
 from distrl.score import LocalScorer, with_default_part
 from distrl.sync.canary import publish
@@ -38,23 +42,68 @@ def run(about: str, argv: list[str]) -> int:
 
 
 def evaluate(config: Config) -> Comparison:
-    """Compare `policy/` of the run directory with the policy that PPO started from.
+    """Compare a policy of the run with the one that PPO started from.
 
-    Prints the table, and writes evaluation.json and reward_vs_kl.png to the run directory.
+    Prints the table, and writes evaluation.json and reward_vs_kl.png to the run directory; of a
+    policy that is not the final one, evaluation_<its name>.json alone.
     """
     directory = RunDir(config.run.dir)
     before = policy_folder(config)
-    after = directory.policy
-    if not after.exists():
-        raise ConfigError(f"{after} is not there yet; 'distrl train' ends with it")
-    prompts = held_out_prompts(config, before)
-    print(f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True)
-    with output_to(directory.logs / "evaluator.log"):
-        comparison = asyncio.run(_compare(config, before, after, prompts))
+    with candidate(config, directory) as (name, after):
+        prompts = held_out_prompts(config, before)
+        print(
+            f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True
+        )
+        with output_to(directory.logs / "evaluator.log"):
+            comparison = asyncio.run(_compare(config, before, after, prompts))
     print_report(comparison, config.evaluate.samples_shown)
+    if config.evaluate.policy is not None:
+        write_json(comparison, directory.path / f"evaluation_{name}.json")
+        return comparison
     write_json(comparison, directory.path / "evaluation.json")
     plot_reward_vs_kl(directory.metrics, directory.path / "reward_vs_kl.png", comparison)
     return comparison
+
+
+@contextlib.contextmanager
+def candidate(config: Config, directory: RunDir) -> Iterator[tuple[str, Path]]:
+    """The name and the folder of what `evaluate.policy` says, for as long as the block lasts.
+
+    Raises ConfigError or CheckpointError where it is not there.
+    """
+    wanted = config.evaluate.policy
+    if wanted is None:
+        if not directory.policy.exists():
+            raise ConfigError(
+                f"{directory.policy} is not there yet; 'distrl train' ends with it. To evaluate a "
+                "checkpoint on the way, name its step: --evaluate.policy 20"
+            )
+        yield "final", directory.policy
+    elif wanted.isdigit():
+        checkpoint = Checkpoints(directory.checkpoints).at(int(wanted))
+        with tempfile.TemporaryDirectory(prefix="distrl-evaluate-") as scratch:
+            folder = Path(scratch) / "policy"
+            _export(config, directory, checkpoint.path / "learner", folder)
+            yield checkpoint.path.name, folder
+    else:
+        yield Path(wanted).resolve().name, checked_folder(wanted)
+
+
+def _export(config: Config, directory: RunDir, state: Path, folder: Path) -> None:
+    """What a learner of that state would export: weights averaged, adapters merged."""
+    spec = learner_spec(
+        config,
+        policy_folder(config),
+        reward_model_folder(config),
+        folder.parent,
+        pretrain=directory.pretrain,
+    )
+    learner = PolicyLearner(spec)
+    try:
+        learner.load(state)
+        learner.export(folder)
+    finally:
+        learner.close()
 
 
 def held_out_prompts(config: Config, policy: Path) -> list[Prompt]:

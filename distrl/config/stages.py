@@ -143,6 +143,11 @@ class RewardModelConfig(Section):
 class EvaluateConfig(Section):
     """The trained policy against the one before, on held-out prompts."""
 
+    policy: str | None = Field(
+        default=None,
+        description="what is evaluated: a step of the run's checkpoints, or a policy's folder; "
+        "empty: the run's final policy",
+    )
     prompts: int = Field(default=256, ge=2, description="held-out prompts")
     samples_shown: int = Field(default=8, ge=0, description="continuations shown side by side")
     bootstrap: int = Field(default=2000, ge=100, description="resamples of a 95 % interval")

@@ -12,12 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from distrl.metrics.sinks import Cell, Value
 
+RATE = "rollout/tokens_per_second"
+
 # What a training step shows, and what it is called on the screen.
 TRAINING = {
     "reward/mean": "reward",
     "kl/ref": "KL",
     "staleness/max": "staleness",
-    "rollout/tokens_per_second": "tokens/s",
+    RATE: "tokens/s",
 }
 
 
@@ -130,7 +132,8 @@ class ConsoleSink:
         )
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        self._progress(step, values)
+        """In the last step nothing is generated any more, and its rate says nothing."""
+        self._progress(step, {n: v for n, v in values.items() if n != RATE or v})
 
     def table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]

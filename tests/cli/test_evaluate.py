@@ -1,0 +1,80 @@
+"""What `distrl evaluate` takes: the final policy, a checkpoint, a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distrl.actors.launch import learner_spec
+from distrl.checkpoint import CheckpointError, Checkpoints, RunDir
+from distrl.cli.evaluate import candidate
+from distrl.config import Config, ConfigError
+from distrl.learn.learner import PolicyLearner
+from distrl.models.load import ModelError, load_policy
+
+
+def config_of(root: Path, model: Path, **learn: Any) -> Config:
+    rule = {"name": "rule", "function": "builtins:len"}
+    return Config.model_validate(
+        {
+            "run": {"name": "r", "root": str(root)},
+            "model": {"path": str(model)},
+            "sft": {"epochs": 0},
+            "score": {"parts": [rule]},
+            "learn": {"value": {"start": "policy"}, **learn},
+        }
+    )
+
+
+def with_policy(config: Config, policy: str) -> Config:
+    evaluate = config.evaluate.model_copy(update={"policy": policy})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
+@pytest.mark.parametrize("learn", [{}, {"lora": {"rank": 2}}, {"ema": 0.5}])
+def test_a_checkpoint_on_the_way_is_what_a_learner_of_it_would_export(
+    tmp_path: Path, tiny_policy: Path, learn: dict[str, Any]
+) -> None:
+    config = config_of(tmp_path, tiny_policy, **learn)
+    directory = RunDir(config.run.dir)
+    learner = PolicyLearner(learner_spec(config, tiny_policy, None, tmp_path))
+    with torch.no_grad():
+        for weight in learner.networks.trained[0].parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    with Checkpoints(directory.checkpoints).write(20, {}) as folder:
+        learner.save(folder / "learner")
+    learner.export(tmp_path / "wanted")
+    learner.close()
+    with candidate(with_policy(config, "20"), directory) as (name, folder):
+        assert name == "step_000020"
+        found = load_policy(folder).state_dict()
+    wanted = load_policy(tmp_path / "wanted").state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert not folder.exists()
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path, tiny_policy: Path) -> None:
+    config = config_of(tmp_path, tiny_policy)
+    chosen = with_policy(config, str(tiny_policy))
+    with candidate(chosen, RunDir(config.run.dir)) as (name, folder):
+        assert (name, folder) == (tiny_policy.name, tiny_policy)
+
+
+def test_what_is_not_there_is_told_with_what_is(tmp_path: Path, tiny_policy: Path) -> None:
+    config = config_of(tmp_path, tiny_policy)
+    directory = RunDir(config.run.dir)
+    with Checkpoints(directory.checkpoints).write(4, {}) as folder:
+        (folder / "x").write_text("x")
+    refusals = {
+        "7": (CheckpointError, "no whole checkpoint of step 7 .*there are: 4"),
+        str(tmp_path / "nowhere"): (ModelError, "no model folder"),
+    }
+    for policy, (error, message) in refusals.items():
+        chosen = with_policy(config, policy)
+        with pytest.raises(error, match=message), candidate(chosen, directory):
+            pass
+    with pytest.raises(ConfigError, match=r"--evaluate\.policy 20"), candidate(config, directory):
+        pass
