@@ -62,7 +62,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"--metrics\.wandb +yes ", said)
     assert re.search(r"--learn\.epochs INT +1 ", said), "1 is a number, not a yes"
     assert "learn.kl: The leash" in said
-    assert "demo, smollm2" in said
+    assert "bai, dapo, demo, grpo, " in said
     for name, _ in settings():
         assert f"--{name}" in said
 

@@ -94,7 +94,7 @@ REFUSED = {
     "wrong type": (["--learn.lr", "fast"], ["learn.lr", "valid number", "'fast'"]),
     "wrong choice": (["--learn.schedule", "odd"], ["learn.schedule", "'linear' or 'cosine'"]),
     "out of range": (["--generate.temperature", "0"], ["generate.temperature", "greater than 0"]),
-    "no preset": (["--preset", "nope"], ["'nope'", "demo, smollm2"]),
+    "no preset": (["--preset", "nope"], ["'nope'", "bai, dapo, demo, grpo, "]),
     "no file": (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
     "minibatches": (["--learn.minibatches", "3"], ["learn.minibatches=3", "[1, 2, 4, 8"]),
     "context": (["--generate.max_new_tokens", "500"], ["model.context=128", "raise"]),
