@@ -9,7 +9,7 @@ from rich.table import Table
 
 from distrl.actors.cluster import Demand, check_demands, demands
 from distrl.actors.launch import generator_cores
-from distrl.cli.stages import check_context
+from distrl.cli.stages import check_context, check_functions
 from distrl.config import Config, dump_yaml
 from distrl.data.smollm2 import resolve_model
 
@@ -18,6 +18,7 @@ GIB = 2**30
 
 def print_plan(config: Config) -> None:
     """Print everything; raises ConfigError or PlacementError for what cannot work."""
+    check_functions(config)
     check_context(config)
     console = Console()
     console.print(dump_yaml(config), highlight=False, markup=False)

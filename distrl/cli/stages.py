@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrl.checkpoint import RunDir
-from distrl.config import Config, ConfigError, dump_yaml
+from distrl.config import Config, ConfigError, dump_yaml, resolve
 from distrl.data.smollm2 import resolve_model
 from distrl.metrics import stage_progress
 
@@ -96,6 +96,21 @@ def claimed(config: Config, *, resume: bool, fresh: bool) -> RunDir:
     """
     directory = RunDir(config.run.dir.resolve())
     return directory.create(dump_yaml(config), resume=resume, fresh=fresh)
+
+
+def check_functions(config: Config) -> None:
+    """Functions that the configuration names are looked up here once, so that a wrong name is told
+    now and not by an actor. Raises ConfigError."""
+    named = {
+        "learn.advantage.kind": config.learn.advantage.kind,
+        "learn.objective.kind": config.learn.objective.kind,
+    }
+    named |= {
+        f"reward {part.name!r}": part.function for part in config.score.parts if part.function
+    }
+    for what, path in named.items():
+        if ":" in path:
+            resolve(path, what)
 
 
 def check_context(config: Config) -> None:

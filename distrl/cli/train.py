@@ -19,6 +19,7 @@ from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
     check_context,
+    check_functions,
     claimed,
     ensure_reward_model,
     ensure_sft,
@@ -63,6 +64,7 @@ def run(about: str, argv: list[str]) -> int:
 def prepare_stages(config: Config, *, fresh: bool) -> None:
     """The stages that PPO stands on, and every check that needs no actor."""
     check_local_gpus(config)
+    check_functions(config)
     check_context(config)
     ensure_sft(config, fresh=fresh)
     ensure_reward_model(config, fresh=fresh)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def config(folder: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def trained(config: Config) -> Config:
+def trained(config: Config, folder: Path) -> Iterator[Config]:
     """The stages that `distrl train` makes first: one part of the reward is its own model."""
-    prepare_stages(config, fresh=False)
-    return config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        prepare_stages(config, fresh=False)
+        yield config
+    sys.modules.pop("my_rewards")
 
 
 def test_the_plan_is_printed(
@@ -82,13 +86,10 @@ def test_the_plan_is_printed(
     assert "slots (groups under way, at most)" in capsys.readouterr().out
 
 
-def test_prompts_are_chat_and_rewards_are_of_both_parts(
-    trained: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_chat_and_rewards_are_of_both_parts(trained: Config, folder: Path) -> None:
     stream = prompt_stream(trained, folder / "model")
     prompt = stream.next()
     assert prompt.text.startswith("user: number") and prompt.text.endswith("assistant:")
-    monkeypatch.syspath_prepend(folder)
     tokenizer = load_tokenizer(folder / "model")
     reward = RewardSum.of(trained.score, tokenizer)
     ids = np.array(tokenizer.encode(" a good film", add_special_tokens=False), dtype=np.int32)
@@ -100,7 +101,6 @@ def test_prompts_are_chat_and_rewards_are_of_both_parts(
         finish_reason="stop",
     )
     (scored,) = reward.score([Rollout(prompt=prompt, samples=(sample,), generator="g0")])
-    sys.modules.pop("my_rewards")
     assert isinstance(scored, ScoredRollout)
     parts = scored.scores[0].parts
     assert parts["short"] == -3.0

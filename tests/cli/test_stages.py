@@ -187,3 +187,25 @@ def test_two_processes_do_not_share_a_run_directory(
             claimed(config(tmp_path), resume=True, fresh=False)
     assert made == []
     assert "in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--learn.advantage.kind", "no_such_module:f"], "cannot import no_such_module"),
+        (["--learn.objective.kind", "builtins:lenn"], "builtins has no lenn"),
+        (["--score.parts", '[{"name": "r", "function": "builtins:lenn"}]'], "has no lenn"),
+    ],
+)
+def test_functions_are_looked_up_before_any_stage(
+    made: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    run = ["--run.name", "r", "--run.root", str(tmp_path)]
+    for more in ([], ["--dry-run"]):
+        assert main(["train", *run, *words, "--learn.value.start", "policy", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert made == []
