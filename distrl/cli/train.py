@@ -45,6 +45,7 @@ from distrl.metrics import (
     new_run_id,
     rewind_run,
 )
+from distrl.models.lora import check_targets
 from distrl.score.compose import with_default_part
 
 STOPPED = 75
@@ -107,6 +108,8 @@ def train(options: Options, directory: RunDir) -> Summary:
         update={"score": with_default_part(config.score, (reward_model or policy).resolve())}
     )
     source = prompt_stream(config, policy)
+    if config.learn.lora.rank:
+        check_targets(policy, config.learn.lora)
     if config.learn.pretrain.coef:
         write_pretrain(config, policy, directory.pretrain)
     checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)

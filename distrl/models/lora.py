@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distrl.config import LoRAConfig
 from distrl.models.load import ModelError
@@ -36,14 +37,7 @@ def add_adapter(model: PreTrainedModel, config: LoRAConfig, seed: int) -> Adapte
     nothing until they are trained. Raises ModelError where a target names no layer."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in config.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ModelError(
-                f"learn.lora.targets: no layer of the policy is called {target!r}; it has "
-                f"{', '.join(kinds)}"
-            )
+    _check_targets(model, config)
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -55,6 +49,24 @@ def add_adapter(model: PreTrainedModel, config: LoRAConfig, seed: int) -> Adapte
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model, adapter_name=NAME)
     return Adapter(model)
+
+
+def check_targets(folder: Path, config: LoRAConfig) -> None:
+    """ModelError where a target names no layer of the policy in `folder`; no weight is read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    _check_targets(model, config)
+
+
+def _check_targets(model: nn.Module, config: LoRAConfig) -> None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in config.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ModelError(
+                f"learn.lora.targets: no layer of the policy is called {target!r}; it has "
+                f"{', '.join(kinds)}"
+            )
 
 
 @contextmanager

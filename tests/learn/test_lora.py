@@ -10,7 +10,7 @@ import torch
 from distrl.config import LoRAConfig
 from distrl.learn.learner import PolicyLearner
 from distrl.models.load import ModelError, load_policy
-from distrl.models.lora import add_adapter, merged_tensors, without_adapter
+from distrl.models.lora import add_adapter, check_targets, merged_tensors, without_adapter
 from distrl.sync.memory import checkpoint_tensors
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
@@ -93,6 +93,9 @@ def test_targets_that_name_nothing_are_refused_with_those_there_are(tiny_policy)
     config = LoRAConfig(rank=2, targets=("q_proj", "query"))
     with pytest.raises(ModelError, match=r"no layer .* called 'query'; it has down_proj, gate"):
         add_adapter(load_policy(tiny_policy), config, seed=0)
+    with pytest.raises(ModelError, match="called 'query'"):
+        check_targets(tiny_policy, config)
+    check_targets(tiny_policy, LoRAConfig(rank=2))
 
 
 def test_merging_adds_the_scaled_product(tiny_policy):
