@@ -148,12 +148,12 @@ class _Bare:
         assert critic is not None and reference is not None
         with torch.no_grad():
             for ids in self._micro(torch.cat(self.batches)):
-                policy(input_ids=ids, use_cache=False)
-                reference(input_ids=ids, use_cache=False)
+                policy.model(input_ids=ids, use_cache=False)
+                reference.model(input_ids=ids, use_cache=False)
                 critic(ids)
         for batch in self.batches:
             for ids in self._micro(batch):
-                policy(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                policy.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 critic(ids).square().mean().backward()
             for optimizer in self.optimizers:
                 optimizer.step()

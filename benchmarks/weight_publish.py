@@ -27,7 +27,7 @@ from distrl.data.tokenizer import train_tokenizer
 from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
 from distrl.models.load import load_policy, new_llama, save_policy
-from distrl.sync.canary import publish
+from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
 WORDS = "the movie is a good film and the story was not as bad as it could have been"
@@ -82,7 +82,7 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
             copied = time.perf_counter()
             del copies
             published = time.perf_counter()
-            weights = publish(model, publisher, version=version, vocab=256, probe_tokens=24)
+            weights = publish_model(model, publisher, version=version, vocab=256, probe_tokens=24)
             ready, nbytes = time.perf_counter(), weights.nbytes
             await generator._transfer(weights)
             held = time.perf_counter()

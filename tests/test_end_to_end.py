@@ -424,6 +424,30 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+# -- a learner of two processes -------------------------------------------------------------------
+
+
+def test_two_ranks_share_the_learner_and_one_goes_on_from_there(
+    interrupted: Run, begin: Callable[..., Run]
+) -> None:
+    """The first step is on the same rollouts as that of a run with one; later ones drift apart
+    by roundings."""
+    run = begin("train", "--learn.ranks", "2", *SYNCHRONOUS[:-2], "--driver.steps", "2")
+    assert run.end() == 0, run.output
+    mine, other = run.rows()[0], interrupted.rows()[0]
+    for name in ("reward/mean", "kl/ref", "loss/policy", "value/loss", "ppo/entropy", "grad/norm"):
+        assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+    halves = run.folder.glob("checkpoints/step_000002/learner/policy.*-of-00002.safetensors")
+    assert len(list(halves)) == 2
+    run.assert_nothing_left(within_s=10)
+
+    words = (*SYNCHRONOUS[:-2], "--driver.steps", "3", "--resume")
+    resumed = begin("train", *words, folder=run.folder.parent)
+    assert resumed.end() == 0, resumed.output
+    assert resumed.steps() == [1, 2, 3]
+    assert main(["audit", str(resumed.folder)]) == 0
+
+
 # -- a cluster that is already there: two machines, by the look of it ------------------------------
 
 

@@ -73,7 +73,7 @@ def demands(config: Config) -> list[Demand]:
     """The roles of a training run, the one that is hardest to place first."""
     generate, score, learn = config.generate, config.score, config.learn
     return [
-        Demand(role="learner", workers=1, cpus=learn.cpus, gpus=learn.gpus),
+        Demand(role="learner", workers=learn.ranks, cpus=learn.cpus, gpus=learn.gpus),
         Demand(role="generator", workers=generate.workers, cpus=generate.cpus, gpus=generate.gpus),
         Demand(role="scorer", workers=score.workers, cpus=score.cpus, gpus=score.gpus),
     ]

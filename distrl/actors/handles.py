@@ -11,24 +11,27 @@ import asyncio
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from distrl.actors.batching import Counter, packed
 from distrl.actors.process import node_id, remove, tail
+from distrl.learn.spec import Place
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 from distrl.roles import LearnerFailed, WorkerDied
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 CLOSE_TIMEOUT_S = 10
 """An actor that has not ended of itself by then is killed."""
+
+LAST_WORDS_S = 5
+"""After a rank of the learner has failed, the others have so long to tell more."""
 
 
 class ActorHandle:
@@ -173,29 +176,56 @@ class ScorerHandle(DeskHandle):
 
 
 class LearnerHandle(ActorHandle):
-    """The `Learner` role over an actor. It is not restarted: its state is the run's."""
+    """The `Learner` role over an actor, or over several that share its work: this one is rank 0,
+    `others` are the rest, and each call goes to all. It is not restarted: its state is the run's.
+    """
 
     def __init__(
-        self, name: str, make: Callable[[], Any], log: Path, start_timeout_s: float
+        self,
+        name: str,
+        make: Callable[[], Any],
+        log: Path,
+        start_timeout_s: float,
+        others: Sequence[ActorHandle] = (),
+        place: Place | None = None,
     ) -> None:
+        """place: what each rank is told of it, but for its number and where they meet; None: there
+        is one process and nothing to share."""
         super().__init__(name, make, log, start_timeout_s)
+        self._ranks: list[ActorHandle] = [self, *others]
+        self._place = place
         self._image: tuple[int, Any] | None = None
+
+    async def come_up(self) -> None:
+        """Have the ranks meet, and load."""
+        await asyncio.gather(*(rank.start() for rank in self._ranks[1:]))
+        if self._place is None:
+            return await self.alive(self.running().begin.remote(None))
+        here = len({rank.node for rank in self._ranks}) == 1
+        address = await self.alive(self.running().meeting_point.remote(on_one_machine=here))
+        await self._all(
+            rank.running().begin.remote(replace(self._place, rank=number, address=address))
+            for number, rank in enumerate(self._ranks)
+        )
+
+    async def close(self) -> None:
+        await asyncio.gather(super().close(), *(rank.close() for rank in self._ranks[1:]))
 
     async def learn(self, payloads: Sequence[Any], *, oldest: int = 0) -> StepReport:
         where, batches = packed(payloads)
-        return await self._call(self.running().learn.remote(where, oldest, *batches))
+        return await self._call("learn", where, oldest, *batches)
 
     async def publish(self) -> Weights:
-        return await self._call(self.running().publish.remote())
+        return await self._call("publish")
 
     async def save(self, folder: Path) -> None:
-        await self._call(self.running().save.remote(folder))
+        await self._call("save", folder)
 
     async def load(self, folder: Path) -> None:
-        await self._call(self.running().load.remote(folder))
+        await self._call("load", folder)
 
     async def export(self, folder: Path) -> None:
-        await self._call(self.running().export.remote(folder))
+        await self._call("export", folder)
 
     def image(self, weights: Weights) -> Any:
         """A reference to a version's bytes: put into the object store once, by the learner."""
@@ -203,11 +233,36 @@ class LearnerHandle(ActorHandle):
             self._image = (weights.version, self.running().image.remote(weights))
         return self._image[1]
 
-    async def _call(self, reference: Awaitable[T]) -> T:
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """Rank 0's answer, once all ranks have answered."""
         try:
-            return await self.alive(reference)
+            answers = await self._all(
+                getattr(rank.running(), method).remote(*arguments) for rank in self._ranks
+            )
         except WorkerDied as error:
             raise LearnerFailed(str(error)) from error
+        return answers[0]
+
+    async def _all(self, references: Iterable[Any]) -> list[Any]:
+        """Every rank's answer. Where one dies the others fail for want of it: then its own last
+        words are raised."""
+        answers = [
+            asyncio.ensure_future(rank.alive(reference))
+            for rank, reference in zip(self._ranks, references, strict=True)
+        ]
+        ended, pending = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            more, pending = await asyncio.wait(pending, timeout=LAST_WORDS_S)
+            ended |= more
+        for answer in pending:
+            answer.cancel()
+        failures = [error for answer in ended if (error := answer.exception()) is not None]
+        for error in failures:
+            if isinstance(error, WorkerDied):
+                raise error
+        if failures:
+            raise failures[0]
+        return [answer.result() for answer in answers]
 
 
 async def _result(reference: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distrl.actors.cluster import Demand, demands, place, release
-from distrl.actors.handles import GeneratorHandle, LearnerHandle, ScorerHandle
+from distrl.actors.handles import ActorHandle, GeneratorHandle, LearnerHandle, ScorerHandle
 from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec
-from distrl.learn.spec import LearnerSpec
+from distrl.learn.spec import LearnerSpec, Place
 
 MAX_CALLS = 10_000
 """Calls an async actor runs at once; the driver's slots are the real bound."""
@@ -126,11 +126,25 @@ class _Maker:
         )
 
     def learner(self, spec: LearnerSpec) -> LearnerHandle:
-        actor = self._actor("learner", 0, LearnerActor)
-        return LearnerHandle(
-            "learner",
-            lambda: actor.remote(spec, self._log("learner"), self.mine),
-            self._log("learner"),
+        learn = self.config.learn
+        place = Place(world=learn.ranks, timeout_s=learn.rank_timeout_s) if learn.spread else None
+        others = [
+            ActorHandle(*self._rank(spec, rank, f"learner-{rank}"))
+            for rank in range(1, learn.ranks)
+        ]
+        return LearnerHandle(*self._rank(spec, 0, "learner"), others=others, place=place)
+
+    def _rank(
+        self, spec: LearnerSpec, rank: int, name: str
+    ) -> tuple[str, Callable[[], Any], Path, float]:
+        """What a handle needs to know of one of the learner's ranks."""
+        actor = self._actor("learner", rank, LearnerActor)
+        width = max(1, int(self.config.learn.cpus))
+        cores = self.mine and self.mine[rank * width : (rank + 1) * width]
+        return (
+            name,
+            lambda: actor.remote(spec, self._log(name), cores),
+            self._log(name),
             self.config.generate.start_timeout_s,
         )
 
@@ -183,7 +197,7 @@ def split_cores(config: Config) -> tuple[Cores, Cores]:
     if config.learn.gpus or config.cluster.address is not None:
         return None, None
     there = sorted(os.sched_getaffinity(0))
-    learner = max(1, int(config.learn.cpus))
+    learner = max(1, int(config.learn.cpus)) * config.learn.ranks
     engines = config.generate.workers * max(1, int(config.generate.cpus))
     if config.generate.gpus or learner + engines > len(there):
         return None, None

@@ -12,10 +12,11 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -24,7 +25,7 @@ from distrl.actors.batching import Desk, Outcomes, unpacked
 from distrl.actors.process import left_when_killed, log_to, node_id
 from distrl.config import ScoreConfig, SyncConfig
 from distrl.generate.engine import EngineSpec
-from distrl.learn.spec import LearnerSpec
+from distrl.learn.spec import LearnerSpec, Place
 from distrl.records import (
     GroupInfo,
     Parcel,
@@ -36,6 +37,9 @@ from distrl.records import (
     Weights,
 )
 from distrl.roles import WorkerDied
+
+if TYPE_CHECKING:
+    from distrl.learn.learner import PolicyLearner
 
 log = logging.getLogger(__name__)
 
@@ -178,16 +182,29 @@ class ScorerActor:
 
 
 class LearnerActor:
-    """`PolicyLearner` in a process of its own; one call at a time."""
+    """`PolicyLearner`, or one rank of it, in a process of its own; one call at a time."""
+
+    learner: PolicyLearner
 
     def __init__(self, spec: LearnerSpec, log_path: Path, cores: Cores = None) -> None:
         _begin(log_path, cores)
-        from distrl.learn.learner import PolicyLearner
-
-        self.learner = PolicyLearner(spec)
+        self.spec = spec
 
     def node(self) -> str:
         return node_id()
+
+    def meeting_point(self, *, on_one_machine: bool) -> str:
+        """host:port at which the other ranks can reach this one."""
+        host = "127.0.0.1" if on_one_machine else ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def begin(self, place: Place | None) -> None:
+        """Load the networks; with a place, as one of several ranks."""
+        from distrl.learn.learner import PolicyLearner
+
+        self.learner = PolicyLearner(replace(self.spec, place=place))
 
     def learn(
         self, where: Sequence[tuple[int, int]], oldest: int, *batches: Sequence[ScoredRollout]

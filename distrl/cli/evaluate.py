@@ -28,7 +28,7 @@ from distrl.models import load_policy
 from distrl.models.load import checked_folder
 from distrl.records import Prompt
 from distrl.score import LocalScorer, with_default_part
-from distrl.sync.canary import publish
+from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
 
@@ -126,7 +126,7 @@ async def _compare(config: Config, before: Path, after: Path, prompts: list[Prom
         evaluations = []
         for version, (name, folder) in enumerate([("SFT", before), ("PPO", after)]):
             model = load_policy(folder)
-            weights = publish(
+            weights = publish_model(
                 model,
                 publisher,
                 version=version,

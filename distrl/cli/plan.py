@@ -95,8 +95,9 @@ def _memory_bytes(config: Config, role: str) -> float:
     copies = 1.0 if learn.lora.rank else 4.0
     copies += 4 * (learn.has_critic and learn.value.trunk == "separate")
     copies += learn.kl.used and not learn.lora.rank  # the reference
+    loading = weights if learn.ranks > 1 else 0  # a rank reads a model whole, and keeps its part
     needed = {
-        "learner": weights * copies,
+        "learner": weights * copies / learn.ranks + loading,
         "generator": 2 * weights + config.generate.kv_cache_gib * GIB,
         "scorer": weights,
     }

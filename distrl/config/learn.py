@@ -200,8 +200,31 @@ class LoRAConfig(Section):
 class LearnConfig(Section):
     """The learner: policy optimisation on scored rollouts."""
 
-    cpus: float = Field(default=1, ge=0, description="CPU cores of the learner")
-    gpus: float = Field(default=0, ge=0, description="GPUs of the learner")
+    cpus: float = Field(default=1, ge=0, description="CPU cores of each of the learner's ranks")
+    gpus: float = Field(default=0, ge=0, description="GPUs of each of the learner's ranks")
+    ranks: int = Field(
+        default=1,
+        ge=1,
+        description="processes that share the learner's work, each with a part of every weight "
+        "(FSDP2)",
+    )
+    rank_timeout_s: float = Field(
+        default=600, gt=0, description="how long one rank waits for another, seconds"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of forward and backward passes; what is trained, and the sums of gradients, "
+        "are float32 in any case",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="keep each layer's input alone and compute the rest again on the way back: "
+        "a third more time, far less memory",
+    )
+    offload: bool = Field(
+        default=False,
+        description="weights, gradients and moments wait in the CPU's memory (GPUs only)",
+    )
     lr: float = Field(default=3e-4, gt=0, description="policy's peak learning rate")
     critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -270,12 +293,32 @@ class LearnConfig(Section):
                 "learn.lora freezes the policy's body, so a critic cannot share it; set "
                 "learn.value.trunk=separate"
             )
+        if self.offload and not self.gpus:
+            raise ConfigError(
+                "learn.offload moves a GPU's weights into the CPU's memory, and learn.gpus=0: they "
+                "are there already; set learn.offload=false"
+            )
+        if self.ranks > 1 and self.gpus not in (0, 1):
+            raise ConfigError(
+                f"learn.gpus={self.gpus:g} is of each of the {self.ranks} ranks, and a rank "
+                "computes on one; set it to 1, or to 0 for CPUs"
+            )
+        if self.spread and self.record:
+            raise ConfigError(
+                "learn.record keeps batches for a replay to the bit, which takes a learner of one "
+                "process in float32; set learn.record=false"
+            )
         if self.value.trunk == "shared" and self.value.start != "policy":
             raise ConfigError(
                 "learn.value.trunk=shared puts the critic's head on the policy, so it cannot start "
                 "from the reward model; set learn.value.start=policy"
             )
         return self
+
+    @property
+    def spread(self) -> bool:
+        """Whether the networks are handled by FSDP2: spread over ranks, or in two precisions."""
+        return self.ranks > 1 or self.dtype != "float32" or self.offload
 
     @property
     def has_critic(self) -> bool:

@@ -50,6 +50,13 @@ class Config(Section):
                 f"{self.samples_per_step} samples of a step (driver.prompts_per_step x "
                 f"generate.samples_per_prompt); choose one of {_divisors(self.samples_per_step)}"
             )
+        rows = self.samples_per_step // self.learn.minibatches
+        if self.learn.ranks > rows:
+            raise ConfigError(
+                f"learn.ranks={self.learn.ranks} cannot share the {rows} samples of an optimizer "
+                "step (driver.prompts_per_step x generate.samples_per_prompt by "
+                f"learn.minibatches); use at most {rows} ranks, or fewer minibatches"
+            )
         need = self.sequence_tokens
         if self.model.path is None and need > self.model.context:
             raise ConfigError(

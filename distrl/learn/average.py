@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
+
+from distrl.learn.ranks import ALONE, Ranks
+from distrl.learn.state import load_tensors, save_tensors
 
 
 class WeightAverage:
@@ -39,9 +41,9 @@ class WeightAverage:
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(mine)
 
-    def save(self, path: Path) -> None:
-        save_file({name: w.cpu().contiguous() for name, w in self.weights.items()}, path)
+    def save(self, path: Path, ranks: Ranks = ALONE) -> None:
+        save_tensors(self.weights, path, ranks)
 
     def load(self, path: Path) -> None:
-        for name, weight in load_file(path).items():
-            self.weights[name].copy_(weight)
+        """Take up what `save` wrote. Raises StateMismatch."""
+        load_tensors(self.weights, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -98,17 +99,35 @@ def _padded(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
     )
 
 
-def micro_batches(lengths_B: Tensor, index: Tensor, budget: int) -> Iterator[Tensor]:
-    """Cut the sequences at `index` into parts of at most `budget` padded tokens.
+PASS_TOKENS = 64
+"""A pass forward and back costs about as much as so many tokens more, whatever it reads (measured
+on a CPU with 2 M parameters)."""
 
-    Sequences of like length go together, so little of the budget is padding.
+
+def micro_batches(lengths_B: Tensor, index: Tensor, budget: int) -> Iterator[Tensor]:
+    """Cut the sequences at `index`, in the order of their lengths, into parts of at most `budget`
+    padded tokens; a sequence beyond it goes alone.
+
+    Of all such cuts it is the cheapest, where a part costs its padded tokens and PASS_TOKENS.
     """
     by_length = index[torch.argsort(lengths_B[index], stable=True)]
-    part: list[int] = []
-    for row in by_length.tolist():
-        if part and int(lengths_B[row]) * (len(part) + 1) > budget:
-            yield torch.tensor(part)
-            part = []
-        part.append(row)
-    if part:
-        yield torch.tensor(part)
+    ends = _cheapest_cuts(lengths_B[by_length].cpu().numpy(), budget)
+    for first, end in itertools.pairwise([0, *ends]):
+        yield by_length[first:end]
+
+
+def _cheapest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
+    """Where each part ends; `lengths` rise. The cost of the first n sequences is the least over all
+    last parts of the cost of those before it and its own."""
+    costs = np.zeros(len(lengths) + 1)
+    begins = np.zeros(len(lengths) + 1, dtype=np.int64)
+    for end, width in enumerate(lengths.tolist(), start=1):
+        first = min(end - 1, max(0, end - budget // width))
+        padded = width * np.arange(end - first, 0, -1)
+        candidates = costs[first:end] + padded
+        best = int(candidates.argmin())
+        costs[end], begins[end] = candidates[best] + PASS_TOKENS, first + best
+    ends = [len(lengths)] if len(lengths) else []
+    while ends and begins[ends[-1]]:
+        ends.append(int(begins[ends[-1]]))
+    return ends[::-1]

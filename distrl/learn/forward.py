@@ -18,30 +18,56 @@ KEPT_BYTES = 2**28
 """Logits of a pass up to this size are kept."""
 
 
-def response_states(policy: PreTrainedModel, batch: Experience) -> Tensor:
+class PolicyModel(nn.Module):
+    """A causal language model as the learner reads it.
+
+    All that is done with its weights is done within `forward`: of a model that is spread over
+    ranks (`models/sharding.py`), weights are whole only there.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        ids_BL: Tensor,
+        chosen_BL: Tensor,
+        tokens_N: Tensor | None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """states_ND, logprobs_N and entropy_N (nats) at the places that `chosen_BL` marks, where
+        `tokens_N` came next; both are empty without tokens. `ids_BL` right-padded."""
+        hidden_BLD = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        states_ND = hidden_BLD[chosen_BL]
+        if tokens_N is None:
+            nothing = states_ND.new_zeros(0)
+            return states_ND, nothing, nothing
+        logprobs_N, entropy_N = logprobs_of(
+            self.model, states_ND, tokens_N, temperature, with_entropy
+        )
+        return states_ND, logprobs_N, entropy_N
+
+
+def response_states(policy: PolicyModel, batch: Experience) -> Tensor:
     """states_ND: the policy's hidden states in which the N response tokens were chosen."""
-    hidden_BLD = policy.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-    return hidden_BLD[_predicting(batch)]
+    return policy(batch.ids_BL, _predicting(batch), None)[0]
 
 
 def response_logprobs(
-    policy: PreTrainedModel,
-    batch: Experience,
-    temperature: float,
-    *,
-    with_entropy: bool,
-    states_ND: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """logprobs_BT and entropy_BT (nats) of the responses under `policy`; 0 on padding.
+    policy: PolicyModel, batch: Experience, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs_BT and entropy_BT (nats) of the responses under `policy`, 0 on padding, and the
+    states_ND of `response_states`.
 
-    The distribution is that of logits / temperature, as the engine samples from it. `states_ND` are
-    those of `response_states`, where somebody has them already.
+    The distribution is that of logits / temperature, as the engine samples from it.
     """
     mask_BT = batch.mask_BT
-    picked_ND = response_states(policy, batch) if states_ND is None else states_ND
-    tokens_N = batch.tokens_BT[mask_BT]
-    logprobs_N, entropy_N = logprobs_of(policy, picked_ND, tokens_N, temperature, with_entropy)
-    return _spread(logprobs_N, mask_BT), _spread(entropy_N, mask_BT)
+    states_ND, logprobs_N, entropy_N = policy(
+        batch.ids_BL, _predicting(batch), batch.tokens_BT[mask_BT], temperature, with_entropy
+    )
+    return _spread(logprobs_N, mask_BT), _spread(entropy_N, mask_BT), states_ND
 
 
 def logprobs_of(

@@ -31,16 +31,17 @@ from distrl.learn.networks import Networks
 from distrl.learn.optimizer import optimizer_for
 from distrl.learn.prepare import Prepared, prepare
 from distrl.learn.pretrain import Examples
+from distrl.learn.ranks import ALONE, Ranks
 from distrl.learn.record import SMALL, Recorder
 from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
 from distrl.learn.update import MinibatchReport, Prices, Update, minibatches, pretrain_backward
 from distrl.models.heads import ScalarModel
 from distrl.models.load import best_device, save_policy
-from distrl.records import RolloutBatch, ScoredRollout, StepReport, Weights
+from distrl.records import Float32s, Int32s, RolloutBatch, ScoredRollout, StepReport, Weights
 from distrl.roles import LearnerFailed
-from distrl.sync.canary import publish
-from distrl.sync.memory import SharedMemoryPublisher
+from distrl.sync.canary import probe_ids, publish
+from distrl.sync.memory import Bystander, SharedMemoryPublisher, whole
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,15 @@ class PolicyLearner:
             torch.set_num_threads(spec.threads)
         self.spec, self.config = spec, spec.config
         self.device = best_device() if spec.config.gpus else torch.device("cpu")
+        self.ranks = ALONE if spec.place is None else Ranks.join(spec.place, self.device)
         self.tokenizer = load_tokenizer(spec.policy)
         self.networks = Networks.load(
-            spec.policy, spec.reward_model, spec.config, seed=spec.seed, device=self.device
+            spec.policy,
+            spec.reward_model,
+            spec.config,
+            seed=spec.seed,
+            device=self.device,
+            ranks=self.ranks,
         )
         self.optimizers = [optimizer_for(part, spec.config) for part in self.networks.trained]
         self.update = Update(
@@ -66,6 +73,7 @@ class PolicyLearner:
             config=spec.config,
             temperature=spec.temperature,
             longest=spec.longest,
+            ranks=self.ranks,
         )
         self.kl = leash(spec.config, spec.total_samples)
         self.penalty = AdaptivePenalty(
@@ -77,7 +85,7 @@ class PolicyLearner:
             else None
         )
         self.pretrain = Examples.load(spec.pretrain) if spec.pretrain is not None else None
-        self.publisher = SharedMemoryPublisher()
+        self.publisher = SharedMemoryPublisher() if self.ranks.first else Bystander()
         self.recorder = self._new_recorder()
         self.total_steps = spec.total_steps
         self.step = 0
@@ -87,7 +95,7 @@ class PolicyLearner:
 
     @property
     def policy(self) -> Any:
-        return self.networks.policy
+        return self.networks.policy.model
 
     @property
     def critic(self) -> ScalarModel | None:
@@ -96,7 +104,8 @@ class PolicyLearner:
     def _new_recorder(self) -> Recorder:
         wanted = self.config.record
         if wanted is None:
-            wanted = sum(p.numel() for p in self.policy.parameters()) <= SMALL
+            small = sum(p.numel() for p in self.policy.parameters()) <= SMALL
+            wanted = small and not self.config.spread
         folder = self.spec.recording if wanted else None
         return Recorder(folder, int(self.config.record_mib * 2**20))
 
@@ -128,6 +137,7 @@ class PolicyLearner:
             kl_coef=self.kl.coef,
             version=self.version,
             oldest=oldest,
+            ranks=self.ranks,
         )
         metrics = measure(batch, prepared, self.config, version=self.version)
         metrics |= by_age(batch, prepared, self.version, self.config.objective.clip_high)
@@ -156,6 +166,7 @@ class PolicyLearner:
             "ppo/approx_kl": fmean(r.approx_kl for r in reports),
             "grad/norm": fmean(step.norm for step in steps),
             "learn/optimizer_steps": float(len(steps)),
+            "learn/padding": fmean(r.padding for r in reports),
         }
         if self.critic is not None:
             metrics["value/loss"] = fmean(r.value_loss for r in reports)
@@ -199,7 +210,9 @@ class PolicyLearner:
         settings = self.config.pretrain
         turn = self.step * self.config.epochs * self.config.minibatches + place
         examples = self.pretrain.turn(turn, settings.sequences)
-        return pretrain_backward(self.policy, examples, settings.coef, self.config.micro_tokens)
+        return pretrain_backward(
+            self.networks.policy, examples, settings.coef, self.config.micro_tokens, self.ranks
+        )
 
     def _apply(
         self, report: MinibatchReport, pretrain_loss: float, *, policy_learns: bool
@@ -210,7 +223,7 @@ class PolicyLearner:
         """
         clip = self.config.grad_clip
         norms = [
-            float(nn.utils.clip_grad_norm_(part.parameters(), clip))
+            whole(nn.utils.clip_grad_norm_(part.parameters(), clip)).item()
             for part in self.networks.trained
         ]
         losses = report.policy_loss + report.value_loss + pretrain_loss
@@ -238,8 +251,9 @@ class PolicyLearner:
         self.skips += 1
         self.skips_in_a_row += 1
         path = self.spec.scratch / f"nonfinite_step_{self.step + 1:06d}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in vars(batch).items()}, path)
+        if self.ranks.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in vars(batch).items()}, path)
         cause = (
             f"learner step {self.step + 1}: policy loss {report.policy_loss}, value loss "
             f"{report.value_loss}, gradient norm {norm}; the batch is kept in {path}"
@@ -256,13 +270,20 @@ class PolicyLearner:
     def publish(self) -> Weights:
         """Put the present policy into shared memory. Raises NonFiniteWeights."""
         return publish(
-            self.policy,
+            self.networks.policy_state(),
             self.publisher,
             version=self.version,
-            vocab=len(self.tokenizer),
-            probe_tokens=self.spec.canary_tokens,
-            state=self.networks.policy_state(),
+            probe=probe_ids(len(self.tokenizer), self.spec.canary_tokens),
+            read=self._read_probe,
         )
+
+    @torch.no_grad()
+    def _read_probe(self, probe: Int32s) -> Float32s:
+        """[K-1]: log p(probe[1:]), nats, at temperature 1."""
+        ids = torch.from_numpy(probe).long().to(self.device)
+        everywhere = torch.ones((1, len(ids) - 1), dtype=torch.bool, device=self.device)
+        _, logprobs, _ = self.networks.policy(ids[None, :-1], everywhere, ids[1:])
+        return logprobs.cpu().numpy()
 
     # -- state --------------------------------------------------------------------
 
@@ -270,10 +291,12 @@ class PolicyLearner:
         """Write everything that a resumed learner needs below `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, part, optimizer in self._parts():
-            save_module(part, folder / f"{name}.safetensors")
-            save_optimizer(optimizer, folder / f"{name}_optimizer.safetensors")
+            save_module(part, folder / f"{name}.safetensors", self.ranks)
+            save_optimizer(optimizer, folder / f"{name}_optimizer.safetensors", self.ranks)
         if self.average is not None:
-            self.average.save(folder / AVERAGE)
+            self.average.save(folder / AVERAGE, self.ranks)
+        if not self.ranks.first:
+            return
         state = {
             "step": self.step,
             "version": self.version,
@@ -303,10 +326,15 @@ class PolicyLearner:
         """The policy and its tokenizer in Hugging Face format: the average of its weights where
         `learn.ema` asks for one."""
         with nullcontext() if self.average is None else self.average.in_place():
-            save_policy(self.policy, self.tokenizer, folder, state=self.networks.policy_state())
+            state = self.networks.policy_state()
+            if self.ranks.world > 1:
+                state = {name: whole(tensor).cpu() for name, tensor in state.items()}
+            if self.ranks.first:
+                save_policy(self.policy, self.tokenizer, folder, state=state)
 
     def close(self) -> None:
         self.publisher.close()
+        self.ranks.leave()
 
     def _parts(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
         """What learns, under the name that its files have."""

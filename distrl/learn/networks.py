@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
+from distrl.learn.forward import PolicyModel
+from distrl.learn.ranks import ALONE, Ranks
 from distrl.models.heads import ScalarModel
-from distrl.models.load import ModelError, load_policy
+from distrl.models.load import ModelError, as_dtype, load_policy
 from distrl.models.lora import Adapter, add_adapter, merged_tensors, without_adapter
+from distrl.models.sharding import checkpoint_activations, shard
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,8 +26,8 @@ class Networks:
     """`reference` is frozen; None: the policy without its `adapter`, or nobody asks. `critic` is
     None where advantages need none; where `shared`, it stands on the policy's own body."""
 
-    policy: PreTrainedModel
-    reference: PreTrainedModel | None
+    policy: PolicyModel
+    reference: PolicyModel | None
     critic: ScalarModel | None
     shared: bool = False
     adapter: Adapter | None = None
@@ -38,9 +41,10 @@ class Networks:
         *,
         seed: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> Networks:
         """Policy and reference from one folder, the critic from the reward model's where it is
-        given. Raises ModelError."""
+        given; spread over `ranks` where these have a mesh. Raises ModelError."""
         trained = load_policy(policy, tokenizer=load_tokenizer(policy))
         check_head(trained, policy)
         critic = None
@@ -54,21 +58,42 @@ class Networks:
         adapter = add_adapter(trained, config.lora, seed) if config.lora.rank else None
         reference = None
         if config.kl.used and adapter is None:
-            reference = load_policy(policy).requires_grad_(False)
-        for module in (trained, reference, critic):
-            if module is not None:
-                nn.Module.to(module, device)
-        return cls(
-            policy=trained, reference=reference, critic=critic, shared=shared, adapter=adapter
+            reference = PolicyModel(load_policy(policy).requires_grad_(False))
+        networks = cls(
+            policy=PolicyModel(trained),
+            reference=reference,
+            critic=critic,
+            shared=shared,
+            adapter=adapter,
         )
+        networks._place(config, device, ranks)
+        return networks
+
+    def _place(self, config: LearnConfig, device: torch.device, ranks: Ranks) -> None:
+        """Bring everything to where it is computed."""
+        everyone = (self.policy, self.reference, self.critic_part)
+        roots = [root for root in everyone if root is not None]
+        if config.checkpoint_activations:
+            for root in roots:
+                checkpoint_activations(root)
+        for root in roots:
+            if ranks.mesh is None:
+                root.to(device)
+                continue
+            if isinstance(root, ScalarModel):  # values keep float32's digits
+                shard(root.head, ranks.mesh, torch.float32, offload=config.offload)
+            compute = torch.float32 if isinstance(root, nn.Linear) else as_dtype(config.dtype)
+            shard(root, ranks.mesh, compute, offload=config.offload)
+        if self.adapter is not None:
+            self.adapter = Adapter(self.policy.model)
 
     @contextmanager
-    def as_reference(self) -> Iterator[PreTrainedModel]:
+    def as_reference(self) -> Iterator[PolicyModel]:
         """The reference, for as long as the block lasts: nothing else may run the policy."""
         if self.reference is not None:
             yield self.reference
             return
-        with without_adapter(self.policy):
+        with without_adapter(self.policy.model):
             yield self.policy
 
     @property
@@ -79,12 +104,13 @@ class Networks:
     @property
     def trained(self) -> tuple[nn.Module, ...]:
         """What learns, each weight in one of them: the policy or its adapter, then the critic."""
-        first = self.policy if self.adapter is None else self.adapter
+        first = self.policy.model if self.adapter is None else self.adapter
         return (first,) if self.critic_part is None else (first, self.critic_part)
 
     def policy_state(self) -> dict[str, Tensor]:
         """The policy's weights under the names of its checkpoint, adapters merged."""
-        return self.policy.state_dict() if self.adapter is None else merged_tensors(self.policy)
+        model = self.policy.model
+        return model.state_dict() if self.adapter is None else merged_tensors(model)
 
 
 def check_head(policy: PreTrainedModel, folder: Path) -> None:

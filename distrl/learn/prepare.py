@@ -25,9 +25,10 @@ from torch import Tensor
 from distrl.algo import importance_weights, shape_rewards
 from distrl.config import LearnConfig
 from distrl.learn.advantages import Advantages, Outcome, estimate
-from distrl.learn.experience import Experience, micro_batches
+from distrl.learn.experience import Experience
 from distrl.learn.forward import response_logprobs, response_states, response_values
 from distrl.learn.networks import Networks
+from distrl.learn.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +78,12 @@ def prepare(
     kl_coef: float,
     version: int = 0,
     oldest: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Steps 1 to 4, for a learner at `version`. Tokens of versions before `oldest` take part in all
     of them, and are only left out of the gradient."""
     mask = batch.mask_BT
-    passes = _Passes(batch, networks, config, temperature)
+    passes = _Passes(batch, networks, config, temperature, ranks)
     passes.run(version)
     priced = kl_coef if config.kl.place == "reward" else 0.0
     rewards = shape_rewards(batch.scores_B, passes.proximal, passes.reference, mask, priced)
@@ -129,9 +131,14 @@ class _Passes:
     """Step 1: every network reads every sequence at most once."""
 
     def __init__(
-        self, batch: Experience, networks: Networks, config: LearnConfig, temperature: float
+        self,
+        batch: Experience,
+        networks: Networks,
+        config: LearnConfig,
+        temperature: float,
+        ranks: Ranks,
     ) -> None:
-        self.batch, self.networks, self.config = batch, networks, config
+        self.batch, self.networks, self.config, self.ranks = batch, networks, config, ranks
         self.temperature = temperature
         self.proximal, self.entropy, self.reference, self.values = (
             torch.zeros_like(batch.behaviour_BT) for _ in range(4)
@@ -147,7 +154,6 @@ class _Passes:
         self._read(everything[~trusted], with_policy=True)
         self._read(everything[trusted], with_policy=False)
         self.computed[trusted] = False
-        self.proximal[trusted] = self.batch.behaviour_BT[trusted] * self.batch.mask_BT[trusted]
         fresh = self.computed & (self.batch.versions_BT == version)
         gap = (self.proximal - self.batch.behaviour_BT)[fresh].abs()
         if gap.numel() and not gap.mean().item() <= TOLERANCE:
@@ -157,7 +163,9 @@ class _Passes:
                 gap.mean().item(),
             )
             self.computed[trusted] = self.batch.mask_BT[trusted]
-            self._policy_only(everything[trusted])
+            self._read(everything[trusted], with_policy=True, with_others=False)
+        else:
+            self.proximal[trusted] = self.batch.behaviour_BT[trusted] * self.batch.mask_BT[trusted]
 
     def _trusted(self, version: int) -> Tensor:
         """[B]: sequences of the learner's own version, but for every sixteenth."""
@@ -166,33 +174,43 @@ class _Passes:
         chosen[::CHECKED] = False
         return chosen.cpu()
 
-    def _read(self, index: Tensor, *, with_policy: bool) -> None:
-        """Policy, reference and critic on the sequences at `index`. A critic on the policy's body
-        needs the policy's pass in any case."""
-        networks, micro_tokens = self.networks, self.config.micro_tokens
-        for part in micro_batches(self.batch.lengths_B, index, micro_tokens):
+    def _read(self, index: Tensor, *, with_policy: bool, with_others: bool = True) -> None:
+        """The networks on the sequences at `index`, shared out among the ranks. A critic on the
+        policy's body needs the policy's pass in any case."""
+        if not len(index):
+            return
+        kept = (self.proximal, self.entropy, self.reference, self.values)
+        found = [torch.zeros_like(tensor) for tensor in kept]
+        lengths, budget = self.batch.lengths_B, self.config.micro_tokens
+        for part, counts in self.ranks.parts(lengths, index, budget):
             rows = self.batch.rows(part)
             width = rows.tokens_BT.shape[1]
-            states = None
-            if with_policy or networks.shared:
-                states = response_states(networks.policy, rows)
-            if with_policy:
-                self.proximal[part, :width], self.entropy[part, :width] = response_logprobs(
-                    networks.policy, rows, self.temperature, with_entropy=True, states_ND=states
-                )
-            if self.config.kl.used:
-                with networks.as_reference() as reference:
-                    self.reference[part, :width], _ = response_logprobs(
-                        reference, rows, self.temperature, with_entropy=False
-                    )
-            if networks.critic is not None:
-                shared = states if networks.shared else None
-                self.values[part, :width] = response_values(networks.critic, rows, shared)
+            read = self._read_rows(rows, with_policy=with_policy, with_others=with_others)
+            for tensor, values in zip(found, read, strict=True):
+                if counts and values is not None:
+                    tensor[part, :width] = values
+        self.ranks.add(*found)
+        for tensor, values in zip(kept, found, strict=True):
+            tensor += values
 
-    def _policy_only(self, index: Tensor) -> None:
-        for part in micro_batches(self.batch.lengths_B, index, self.config.micro_tokens):
-            rows = self.batch.rows(part)
-            width = rows.tokens_BT.shape[1]
-            self.proximal[part, :width], self.entropy[part, :width] = response_logprobs(
-                self.networks.policy, rows, self.temperature, with_entropy=True
+    def _read_rows(
+        self, rows: Experience, *, with_policy: bool, with_others: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Proximal log-probabilities, entropy, reference log-probabilities, values."""
+        networks = self.networks
+        shared = networks.shared and with_others
+        proximal = entropy = reference = values = states = None
+        if with_policy:
+            proximal, entropy, states = response_logprobs(
+                networks.policy, rows, self.temperature, with_entropy=True
             )
+        elif shared:
+            states = response_states(networks.policy, rows)
+        if self.config.kl.used and with_others:
+            with networks.as_reference() as policy:
+                reference, _, _ = response_logprobs(
+                    policy, rows, self.temperature, with_entropy=False
+                )
+        if networks.critic is not None and with_others:
+            values = response_values(networks.critic, rows, states if shared else None)
+        return proximal, entropy, reference, values

@@ -9,6 +9,22 @@ from distrl.config import LearnConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """One process's place among those that share a learner (`ranks.py`).
+
+    Attributes:
+        rank: its number, from 0; world: how many there are.
+        address: host:port at which rank 0 waits for the others.
+        timeout_s: how long one waits for another.
+    """
+
+    rank: int = 0
+    world: int = 1
+    address: str = ""
+    timeout_s: float = 600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerSpec:
     """What a learner needs to know.
 
@@ -24,6 +40,7 @@ class LearnerSpec:
         recording: folder where every step is recorded for a replay; None: nowhere.
         pretrain: examples for PPO-ptx (`pretrain.py`); None: no such gradient.
         threads: CPU threads; None leaves torch's choice.
+        place: among the processes that share the learner; None: alone.
     """
 
     policy: Path
@@ -39,3 +56,4 @@ class LearnerSpec:
     recording: Path | None = None
     pretrain: Path | None = None
     threads: int | None = None
+    place: Place | None = None

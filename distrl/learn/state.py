@@ -1,64 +1,166 @@
-"""A learner's state on disk: safetensors and JSON, no pickle."""
+"""A learner's state on disk: safetensors and JSON, no pickle.
+
+    policy.safetensors                    of a learner that is one process
+    policy.00001-of-00004.safetensors     what rank 1 of 4 holds: rows of each tensor, from the row
+                                          that the file's metadata names
+
+A learner on any number of ranks takes up what one on any other number wrote: it reads, of every
+file, the rows that are its own.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from distrl.learn.ranks import ALONE, Ranks
 
 
 class StateMismatch(ValueError):
     """A saved state does not fit the model or optimizer that should take it up."""
 
 
-def save_module(module: nn.Module, path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks = ALONE) -> None:
+    """This rank's part of `tensors`."""
+    parts = {name: _part(tensor) for name, tensor in tensors.items()}
+    firsts = {name: first for name, (first, _) in parts.items() if first}
+    save_file(
+        {name: rows.cpu().contiguous() for name, (_, rows) in parts.items()},
+        _file(path, ranks),
+        {"first_rows": json.dumps(firsts)},
+    )
+
+
+def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Fill `tensors` with what any number of ranks wrote to `path`. Raises StateMismatch."""
+    with _Saved(path) as saved:
+        if saved.names != tensors.keys():
+            other = sorted(saved.names ^ tensors.keys())
+            raise StateMismatch(f"{path} holds other tensors: {other[:4]}")
+        for name, tensor in tensors.items():
+            saved.fill(name, tensor)
+
+
+def save_module(module: nn.Module, path: Path, ranks: Ranks = ALONE) -> None:
     """All parameters and buffers of `module`, tied tensors once."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in _untied(module).items()}, path)
+    save_tensors(_untied(module), path, ranks)
 
 
 def load_module(module: nn.Module, path: Path) -> None:
     """Take up what `save_module` wrote. Raises StateMismatch."""
-    saved, mine = load_file(path), _untied(module)
-    if saved.keys() != mine.keys():
-        raise StateMismatch(f"{path} holds other tensors: {sorted(saved.keys() ^ mine.keys())[:4]}")
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            if tensor.shape != saved[name].shape:
-                raise StateMismatch(f"{path}: {name} has shape {tuple(saved[name].shape)}")
-            tensor.copy_(saved[name])
+    load_tensors(_untied(module), path)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, ranks: Ranks = ALONE) -> None:
     """The moments and step counts; hyperparameters come from the configuration."""
     state = optimizer.state_dict()["state"]
-    save_file(
-        {f"{i}.{k}": v.detach().cpu().contiguous() for i, s in state.items() for k, v in s.items()},
-        path,
-    )
+    save_tensors({f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}, path, ranks)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Take up what `save_optimizer` wrote. Raises StateMismatch."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(path).items():
-        place, key = name.split(".", 1)
-        state.setdefault(int(place), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    places = {place for group in groups for place in group["params"]}
-    if state and state.keys() != places:
-        raise StateMismatch(
-            f"{path} is of an optimizer with {len(state)} tensors, not {len(places)}"
-        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, moments in state.items():
-        for key, tensor in moments.items():
-            if tensor.ndim and tensor.shape != parameters[place].shape:
-                raise StateMismatch(f"{path}: {place}.{key} has shape {tuple(tensor.shape)}")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    state: dict[int, dict[str, Tensor]] = {}
+    with _Saved(path) as saved:
+        places = {int(name.split(".", 1)[0]) for name in saved.names}
+        if places and places != set(range(len(parameters))):
+            raise StateMismatch(
+                f"{path} is of an optimizer with {len(places)} tensors, not {len(parameters)}"
+            )
+        for name in saved.names:
+            place, key = name.split(".", 1)
+            like = parameters[int(place)].detach()
+            tensor = torch.zeros(()) if saved.shape(name) == () else torch.zeros_like(like)
+            saved.fill(name, tensor)
+            state.setdefault(int(place), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
 
 
-def _untied(module: nn.Module) -> dict[str, torch.Tensor]:
+class _Saved:
+    """The files of one state, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stack = path, ExitStack()
+        self._files: list[tuple[Any, dict[str, int]]] = []
+
+    def __enter__(self) -> _Saved:
+        for file in _files(self._path):
+            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            meta = opened.metadata() or {}
+            self._files.append((opened, json.loads(meta.get("first_rows", "{}"))))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        return {name for file, _ in self._files for name in file.keys()}  # noqa: SIM118
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        last, firsts = self._files[-1]
+        rows = last.get_slice(name).get_shape()
+        return (firsts.get(name, 0) + rows[0], *rows[1:]) if rows else ()
+
+    @torch.no_grad()
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Copy the rows that `tensor` holds of its whole. Raises StateMismatch."""
+        if self.shape(name) != tuple(tensor.shape):
+            raise StateMismatch(f"{self._path}: {name} has shape {self.shape(name)}")
+        if not tensor.shape:
+            tensor.copy_(self._files[0][0].get_tensor(name))
+            return
+        first, mine = _part(tensor)
+        for file, firsts in self._files:
+            rows, begin = file.get_slice(name), firsts.get(name, 0)
+            low = max(first, begin)
+            high = min(first + len(mine), begin + rows.get_shape()[0])
+            if low < high:
+                mine[low - first : high - first].copy_(rows[low - begin : high - begin])
+
+
+def _part(tensor: Tensor) -> tuple[int, Tensor]:
+    """What this rank holds of a tensor, and the row that it begins with. Ranks hold equal numbers
+    of rows, the last ones fewer or none (FSDP2's split along the first dimension)."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return 0, tensor
+    mesh = tensor.device_mesh
+    height = -(-tensor.shape[0] // mesh.size())
+    return min(mesh.get_local_rank() * height, tensor.shape[0]), tensor.to_local()
+
+
+def _file(path: Path, ranks: Ranks) -> Path:
+    if ranks.world == 1:
+        return path
+    return path.with_suffix(f".{ranks.rank:05d}-of-{ranks.world:05d}{path.suffix}")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that hold a state, in the order of ranks. Raises StateMismatch."""
+    if path.exists():
+        return [path]
+    files = sorted(path.parent.glob(f"{path.stem}.*-of-*{path.suffix}"))
+    world = int(files[0].suffixes[-2].split("-of-")[1]) if files else 0
+    if not files or len(files) != world:
+        raise StateMismatch(
+            f"{path} is not there, and of {world or 'no'} ranks' files {len(files)} are; a "
+            "checkpoint of several machines has to lie on storage that all of them share"
+        )
+    return files
+
+
+def _untied(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under their first name each."""
     return dict(module.named_parameters()) | dict(module.named_buffers())

@@ -16,15 +16,20 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from distrl.algo import kl_estimate, token_shares, value_loss
 from distrl.config import LearnConfig
-from distrl.learn.experience import Experience, micro_batches
-from distrl.learn.forward import logprobs_of, response_logprobs, response_states, response_values
+from distrl.learn.experience import Experience
+from distrl.learn.forward import (
+    PolicyModel,
+    response_logprobs,
+    response_states,
+    response_values,
+)
 from distrl.learn.networks import Networks
 from distrl.learn.objectives import Tokens, objective
 from distrl.learn.prepare import Prepared
+from distrl.learn.ranks import ALONE, Ranks
 
 
 def minibatches(size: int, config: LearnConfig, seed: tuple[int, ...]) -> Iterator[Tensor]:
@@ -57,6 +62,7 @@ class MinibatchReport:
     Attributes:
         policy_loss: of the objective, KL price and entropy bonus included.
         clip_fraction, approx_kl, value_clip_fraction: means over kept tokens.
+        padding: share of the passes' tokens that are none.
     """
 
     policy_loss: float = 0.0
@@ -64,6 +70,7 @@ class MinibatchReport:
     clip_fraction: float = 0.0
     approx_kl: float = 0.0
     value_clip_fraction: float = 0.0
+    padding: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +79,14 @@ class Update:
 
     Attributes:
         longest: tokens that a response may have (`aggregate=constant`).
+        ranks: that share the work; the gradients of all of them add up.
     """
 
     networks: Networks
     config: LearnConfig
     temperature: float
     longest: int
+    ranks: Ranks = ALONE
 
     def backward(
         self, batch: Experience, prepared: Prepared, index: Tensor, prices: Prices
@@ -89,53 +98,53 @@ class Update:
         means = torch.zeros_like(prepared.weights)
         shares[index] = token_shares(kept, how, self.longest)
         means[index] = token_shares(kept)
-        sums = torch.zeros(len(fields(MinibatchReport)))
-        for part in micro_batches(batch.lengths_B, index, self.config.micro_tokens):
+        sums = shares.new_zeros(len(fields(MinibatchReport)))
+        for part, counts in self.ranks.parts(batch.lengths_B, index, self.config.micro_tokens):
             rows = batch.rows(part)
             width = rows.tokens_BT.shape[1]
             micro = _Micro(
                 rows,
                 prepared.rows(part, width),
-                shares[part, :width],
-                means[part, :width],
+                shares[part, :width] * counts,
+                means[part, :width] * counts,
             )
             sums += self._backward(micro, prices)
+            sums[-1] += rows.ids_BL.numel() * counts
+        self.ranks.add(sums)
+        sums[-1] = 1 - batch.lengths_B[index].sum() / sums[-1]
         return MinibatchReport(
             **dict(zip((f.name for f in fields(MinibatchReport)), sums.tolist(), strict=True))
         )
 
     def _backward(self, micro: _Micro, prices: Prices) -> Tensor:
         """The gradients of one microbatch; its part of each figure of the report."""
-        networks, nothing = self.networks, torch.zeros(())
-        policy, clipped, moved = nothing, nothing, nothing
-        states = None
-        if prices.policy_learns or networks.shared:
-            states = response_states(networks.policy, micro.rows)
+        networks, nothing = self.networks, micro.shares.new_zeros(())
+        policy, clipped, moved, states = nothing, nothing, nothing, None
         if prices.policy_learns:
-            policy, clipped, moved = self._policy_loss(micro, prices, states)
-        if networks.critic is None:
-            policy.backward()
-            return torch.stack([policy.detach(), nothing, clipped, moved, nothing])
+            policy, clipped, moved, states = self._policy_loss(micro, prices)
+        elif networks.shared:
+            states = response_states(networks.policy, micro.rows)
+        figures = [policy.detach(), nothing, clipped, moved, nothing, nothing]
         if not networks.shared and prices.policy_learns:
             policy.backward()  # before the critic's pass, so that one graph is held at a time
+        if networks.critic is None:
+            return torch.stack(figures)
         value, value_clipped = self._value_loss(micro, states if networks.shared else None)
         if networks.shared:
             (policy + self.config.value.coef * value).backward()
         else:
             value.backward()
-        return torch.stack([policy.detach(), value.detach(), clipped, moved, value_clipped])
+        figures[1], figures[4] = value.detach(), value_clipped
+        return torch.stack(figures)
 
-    def _policy_loss(
-        self, micro: _Micro, prices: Prices, states: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, share of clipped tokens, KL(old || new)."""
+    def _policy_loss(self, micro: _Micro, prices: Prices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, share of clipped tokens, KL(old || new), and the policy's states."""
         config, known = self.config.objective, micro.known
-        logprobs, entropy = response_logprobs(
+        logprobs, entropy, states = response_logprobs(
             self.networks.policy,
             micro.rows,
             self.temperature,
             with_entropy=config.entropy_bonus > 0,
-            states_ND=states,
         )
         tokens = Tokens(
             logprobs=logprobs,
@@ -154,6 +163,7 @@ class Update:
             (micro.shares * per_token).sum(),
             (micro.means * surrogate.clipped).sum(),
             (micro.means * moved).sum(),
+            states,
         )
 
     def _value_loss(self, micro: _Micro, states: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,23 +188,27 @@ class _Micro:
 
 
 def pretrain_backward(
-    policy: PreTrainedModel, examples: Sequence[Tensor], coef: float, micro_tokens: int
+    policy: PolicyModel,
+    examples: Sequence[Tensor],
+    coef: float,
+    micro_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Add `coef` times the gradient of the mean token's -log p over whole examples (Ouyang et al.
     2022, eq. 2). examples: [L] ids each, at least two. Returns that mean, nats a token."""
     lengths = torch.tensor([len(example) for example in examples])
     tokens = int((lengths - 1).sum())
     device = next(policy.parameters()).device
-    total = 0.0
-    for part in micro_batches(lengths, torch.arange(len(examples)), micro_tokens):
+    total = torch.zeros((), device=device)
+    for part, counts in ranks.parts(lengths, torch.arange(len(examples)), micro_tokens):
         ids = torch.nn.utils.rnn.pad_sequence(
             [examples[row] for row in part.tolist()], batch_first=True
         ).to(device)
-        places = torch.arange(ids.shape[1] - 1, device=device)
-        mask = places < (lengths[part].to(device) - 1)[:, None]
-        hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logprobs, _ = logprobs_of(policy, hidden[:, :-1][mask], ids[:, 1:][mask])
-        loss = -logprobs.sum() / tokens
+        places = torch.arange(ids.shape[1], device=device)
+        chosen = places < (lengths[part].to(device) - 1)[:, None]
+        _, logprobs, _ = policy(ids, chosen, ids[:, 1:][chosen[:, :-1]])
+        loss = -logprobs.sum() * counts / tokens
         (coef * loss).backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    ranks.add(total)
+    return total.item()

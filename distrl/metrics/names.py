@@ -29,6 +29,7 @@ METRICS: dict[str, str] = {
     "grad/norm": "norm of the policy's gradient before clipping",
     "learn/lr": "the policy's learning rate in the step",
     "learn/optimizer_steps": "optimizer steps of the learner step",
+    "learn/padding": "share of the tokens of the gradient's passes that are padding",
     "learn/skipped_steps": "steps since the start of the run whose loss or gradient was not finite",
     "staleness/bound": "largest age that a token of the step was allowed (versions)",
     "staleness/max": "age of the oldest token that reached the gradient (versions)",

@@ -116,7 +116,7 @@ class ScalarModel(nn.Module):
 
         Raises ModelError where a weight is not finite.
         """
-        check_finite(self)
+        check_finite(self.state_dict())
         head = {name: weight.contiguous() for name, weight in self.head.state_dict().items()}
         scale = {"gain": float(self.gain), "bias": float(self.bias)}
         with replacing(Path(folder)) as new:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -102,7 +103,7 @@ def save_policy(
     """Write model and tokenizer to `folder` in Hugging Face's layout, safetensors, whole or not at
     all. `state`: weights to write instead of the model's own, under the names of its checkpoint.
     Raises ModelError where a weight is not finite: such a policy would sample rubbish."""
-    check_finite(model)
+    check_finite(model.state_dict() if state is None else state)
     with replacing(Path(folder)) as new:
         model.save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
@@ -137,8 +138,8 @@ def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         )
 
 
-def check_finite(model: torch.nn.Module) -> None:
+def check_finite(state: Mapping[str, torch.Tensor]) -> None:
     """ModelError that names the first weight holding a NaN or an infinity."""
-    for name, weight in model.state_dict().items():
+    for name, weight in state.items():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise ModelError(f"weight {name} holds a NaN or an infinity; it is not saved")

@@ -6,41 +6,51 @@ layer that was packed wrongly for its kernels; what the engine computes shows bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from distrl.records import Float32s, Int32s, Weights
-from distrl.sync.memory import SharedMemoryPublisher, checkpoint_tensors
+from distrl.sync.memory import Bystander, SharedMemoryPublisher, checkpoint_tensors
 
 
 def publish(
-    model: Any,
-    publisher: SharedMemoryPublisher,
+    state: Mapping[str, torch.Tensor],
+    publisher: SharedMemoryPublisher | Bystander,
     *,
     version: int,
-    vocab: int,
-    probe_tokens: int,
-    state: Mapping[str, torch.Tensor] | None = None,
+    probe: Int32s,
+    read: Callable[[Int32s], Float32s],
 ) -> Weights:
-    """Put a Hugging Face causal model's weights into shared memory.
+    """Put a causal language model's weights into shared memory.
 
-    vocab: ids that the tokenizer knows; the probe is drawn from them. state: the weights under
-    the engine's names, where the model has others (adapters merged).
-    Raises NonFiniteWeights.
+    state: the weights under the engine's names. probe: `probe_ids`. read: the model's
+    log-probabilities on them, as `probe_logprobs` gives them. Raises NonFiniteWeights.
     """
-    tensors = checkpoint_tensors(model.state_dict() if state is None else state)
-    locator, nbytes = publisher.publish(tensors, version)
-    probe = probe_ids(vocab, probe_tokens)
+    locator, nbytes = publisher.publish(checkpoint_tensors(state), version)
     return Weights(
         version=version,
         transport="shm",
         locator=locator,
         nbytes=nbytes,
         probe_ids=probe,
-        probe_logprobs=probe_logprobs(model, probe),
+        probe_logprobs=read(probe),
+    )
+
+
+def publish_model(
+    model: Any, publisher: SharedMemoryPublisher, *, version: int, vocab: int, probe_tokens: int
+) -> Weights:
+    """`publish` of a model of transformers, on a probe of the first `vocab` ids."""
+    return publish(
+        model.state_dict(),
+        publisher,
+        version=version,
+        probe=probe_ids(vocab, probe_tokens),
+        read=partial(probe_logprobs, model),
     )
 
 
@@ -51,7 +61,7 @@ def probe_ids(vocab: int, tokens: int) -> Int32s:
 
 @torch.no_grad()
 def probe_logprobs(model: Any, probe: Int32s) -> Float32s:
-    """[K-1] float32: log p(probe[1:]), nats, at temperature 1."""
+    """[K-1] float32: log p(probe[1:]), nats, at temperature 1, by a model of transformers."""
     ids = torch.from_numpy(probe).long().to(model.device)
     logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
     logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[1:, None])

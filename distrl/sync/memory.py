@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 import torch
+from torch.distributed.tensor import DTensor
 
 KEPT_VERSIONS = 2
 """A generator may still be reading the version before while the next is written."""
@@ -35,10 +36,9 @@ class SharedMemoryPublisher:
 
         Returns the path that a reader opens, and the bytes of all tensors.
         Raises NonFiniteWeights (naming the tensor), or OSError when memory is short.
+        Tensors that are spread over ranks are gathered one at a time; the other ranks have to
+        take part with a `Bystander`.
         """
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteWeights(f"{name} of version {version} holds a NaN or Inf")
         file = _memory_file(version)
         try:
             nbytes = write_safetensors(file, tensors)
@@ -68,6 +68,18 @@ class SharedMemoryPublisher:
             self._open.popleft().close()
 
 
+class Bystander:
+    """What the other ranks of a learner publish with: it helps to gather, and keeps nothing."""
+
+    def publish(self, tensors: Mapping[str, torch.Tensor], version: int) -> tuple[str, int]:
+        """Raises NonFiniteWeights where `SharedMemoryPublisher` does."""
+        for name, tensor in tensors.items():
+            _finite(name, tensor)
+        return "", 0
+
+    def close(self) -> None: ...
+
+
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -82,6 +94,7 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> in
     The library's own writer either renames a temporary file into place, which an
     anonymous file cannot have, or builds the whole image in memory first.
     Layout: header length (8 bytes, little-endian), JSON header, raw data.
+    Raises NonFiniteWeights, naming the tensor.
     """
     header: dict[str, object] = {}
     offset = 0
@@ -96,10 +109,22 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> in
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for tensor in tensors.values():
-        bytes_N = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    for name, tensor in tensors.items():
+        bytes_N = _finite(name, tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy()
         _write_all(file, bytes_N.data)
     return offset
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over ranks, every one of which has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    gathered = whole(tensor.detach())
+    if not torch.isfinite(gathered).all():
+        raise NonFiniteWeights(f"{name} holds a NaN or Inf; these weights are not published")
+    return gathered
 
 
 def _memory_file(version: int) -> BinaryIO:
@@ -123,6 +148,7 @@ def checkpoint_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         tensor = tensor.detach()
-        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        place = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
     return tensors

@@ -18,6 +18,7 @@ from distrl.actors.batching import Desk
 from distrl.actors.handles import ActorHandle, GeneratorHandle, LearnerHandle
 from distrl.actors.process import log_to, node_id, tail
 from distrl.actors.workers import remote
+from distrl.learn.spec import Place
 from distrl.records import GroupInfo, Prompt, Rollout, Sample, VersionSpan, Weights
 from distrl.roles import CanaryMismatch, LearnerFailed, WorkerDied
 
@@ -42,6 +43,12 @@ class Worker:
 
     async def start(self) -> None:
         await asyncio.sleep(self.started)
+
+    async def begin(self, place: Place | None) -> None:
+        print(f"began at {place}", flush=True)
+
+    async def meeting_point(self, *, on_one_machine: bool) -> str:
+        return "127.0.0.1:1" if on_one_machine else "elsewhere:1"
 
     async def left_when_killed(self) -> list[Path]:
         self.queue.touch()
@@ -247,7 +254,42 @@ async def test_a_learner_that_dies_ends_the_run(tmp_path: Path) -> None:
     learner = handle(tmp_path / "log", LearnerHandle)
     await learner.start()
     with pytest.raises(LearnerFailed, match="the engine is gone"):
-        await learner._call(learner.running().end.remote())
+        await learner._call("end")
+    await learner.close()
+
+
+def ranks(folder: Path, start_timeout_s: float = 60) -> LearnerHandle:
+    """A learner of three."""
+    makers = [handle(folder / f"rank{n}", ActorHandle, start_timeout_s) for n in range(3)]
+    first, *others = makers
+    return LearnerHandle(
+        "learner", first._make, first._log, start_timeout_s, others, Place(world=3, timeout_s=9)
+    )
+
+
+async def test_ranks_are_told_of_each_other_and_end_together(tmp_path: Path) -> None:
+    learner = ranks(tmp_path)
+    await learner.start()
+    for number in range(3):
+        place = Place(rank=number, world=3, address="127.0.0.1:1", timeout_s=9)
+        assert f"began at {place}" in (tmp_path / f"rank{number}").read_text()
+    pids = [await rank.running().pid.remote() for rank in learner._ranks]
+    await learner.close()
+    assert all("closed" in (tmp_path / f"rank{number}").read_text() for number in range(3))
+    for pid in pids:
+        await gone(pid)
+
+
+async def test_the_death_of_one_rank_is_told_and_not_the_failures_that_come_of_it(
+    tmp_path: Path,
+) -> None:
+    learner = ranks(tmp_path)
+    await learner.start()
+    _, doomed, _ = learner._ranks
+    ended = [rank.running().hang for rank in learner._ranks]
+    ended[0], ended[1] = learner.running().bug, doomed.running().end
+    with pytest.raises(WorkerDied, match=r"rank1:\n(?s:.*)the engine is gone"):
+        await learner._all(call.remote() for call in ended)
     await learner.close()
 
 

@@ -17,7 +17,7 @@ from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
 from distrl.models import load_policy
 from distrl.records import Prompt, Rollout, Sample, Weights
-from distrl.sync.canary import probe_ids, probe_logprobs, publish
+from distrl.sync.canary import probe_ids, probe_logprobs, publish_model
 from distrl.sync.memory import SharedMemoryPublisher, checkpoint_tensors
 
 CONTEXT = 288
@@ -63,7 +63,9 @@ class Policies:
         return self.models[version]
 
     def publish(self, version: int) -> Weights:
-        return publish(self[version], self.publisher, version=version, vocab=300, probe_tokens=24)
+        return publish_model(
+            self[version], self.publisher, version=version, vocab=300, probe_tokens=24
+        )
 
     def publish_without_head(self, version: int) -> Weights:
         """As if the tied output head had been forgotten."""

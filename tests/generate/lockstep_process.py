@@ -21,7 +21,7 @@ from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
 from distrl.models import load_policy
 from distrl.records import Prompt, Rollout
-from distrl.sync.canary import publish
+from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
 GROUPS = 12
@@ -59,7 +59,7 @@ async def main(folder: Path, order: random.Random, report: int) -> None:
     model = load_policy(folder)
     batches = []
     for version in (1, 2):
-        weights = publish(model, publisher, version=version, vocab=300, probe_tokens=24)
+        weights = publish_model(model, publisher, version=version, vocab=300, probe_tokens=24)
         await generator.load_weights(weights)
         batches.append(await batch(generator, version * GROUPS, order))
     with os.fdopen(report, "w") as file:

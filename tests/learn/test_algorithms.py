@@ -14,6 +14,7 @@ from distrl.config import AdvantageConfig, ConfigError, LearnConfig
 from distrl.learn.advantages import Outcome, estimate, estimator
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import to_experience
+from distrl.learn.forward import PolicyModel
 from distrl.learn.objectives import objective
 from distrl.learn.optimizer import TFAdamW
 from distrl.learn.pretrain import Examples, save_examples
@@ -280,7 +281,7 @@ def test_the_pretraining_gradient_is_that_of_the_mean_token(tiny_policy):
     policy.zero_grad()
     for budget in (30, 4096):
         policy.zero_grad()
-        loss = pretrain_backward(policy, examples, 27.8, budget)
+        loss = pretrain_backward(PolicyModel(policy), examples, 27.8, budget)
         mine = [p.grad for p in policy.parameters()]
         policy.zero_grad(set_to_none=True)
         terms = [

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrl.learn.experience import micro_batches, to_experience
+from distrl.learn.experience import PASS_TOKENS, micro_batches, to_experience
 from distrl.records import RolloutBatch, VersionSpan
 
 
@@ -100,8 +100,34 @@ def test_microbatches_take_each_row_once_within_the_budget(lengths, budget, data
         assert int(lengths_B[part].max()) * len(part) <= budget
     longest = [int(lengths_B[part].max()) for part in parts]
     assert longest == sorted(longest), "rows of like length go together"
-    for part, following in itertools.pairwise(parts):
-        assert int(lengths_B[following[0]]) * (len(part) + 1) > budget, "no part is cut early"
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), budget=st.integers(1, 160))
+def test_no_other_cut_into_parts_is_cheaper(lengths, budget):
+    def cost(parts):
+        return sum(PASS_TOKENS + max(part) * len(part) for part in parts)
+
+    def fits(part):
+        return len(part) == 1 or max(part) * len(part) <= budget
+
+    rising = sorted(lengths)
+    cheapest = min(
+        cost(parts)
+        for count in range(len(lengths))
+        for cuts in itertools.combinations(range(1, len(lengths)), count)
+        for parts in [[rising[a:b] for a, b in itertools.pairwise([0, *cuts, len(lengths)])]]
+        if all(map(fits, parts))
+    )
+    lengths_B = torch.tensor(lengths)
+    found = micro_batches(lengths_B, torch.arange(len(lengths)), budget)
+    assert cost([lengths_B[part].tolist() for part in found]) == cheapest
+
+
+def test_little_of_a_batch_of_mixed_lengths_is_padding():
+    lengths_B = torch.from_numpy(np.random.default_rng(0).integers(8, 512, 256))
+    parts = list(micro_batches(lengths_B, torch.arange(256), 4096))
+    padded = sum(int(lengths_B[part].max()) * len(part) for part in parts)
+    assert int(lengths_B.sum()) > 0.95 * padded
 
 
 def test_a_row_longer_than_the_budget_goes_alone():

@@ -9,7 +9,7 @@ import torch
 
 from distrl.learn import forward
 from distrl.learn.experience import to_experience
-from distrl.learn.forward import response_logprobs, response_values
+from distrl.learn.forward import PolicyModel, response_logprobs, response_values
 from distrl.learn.networks import check_head
 from distrl.models import ScalarModel, load_policy
 from distrl.models.load import ModelError
@@ -56,7 +56,9 @@ def garbled(batch):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probabilities_and_entropy_equal_a_slow_loop(policy, groups, batch, temperature):
-    logprobs, entropy = response_logprobs(policy, batch, temperature, with_entropy=True)
+    logprobs, entropy, _ = response_logprobs(
+        PolicyModel(policy), batch, temperature, with_entropy=True
+    )
     row = 0
     for group in groups:
         for sample in group.rollout.samples:
@@ -112,7 +114,7 @@ def gradients(policy, critic, batch):
     """Log-probabilities, values, and the gradients of a sum over both and the entropy."""
     policy.zero_grad()
     critic.zero_grad()
-    logprobs, entropy = response_logprobs(policy, batch, 0.8, with_entropy=True)
+    logprobs, entropy, _ = response_logprobs(PolicyModel(policy), batch, 0.8, with_entropy=True)
     values = response_values(critic, batch)
     (logprobs.sum() + entropy.sum() + values.square().sum()).backward()
     made = [p.grad.clone() for m in (policy, critic) for p in m.parameters() if p.grad is not None]
@@ -121,7 +123,7 @@ def gradients(policy, critic, batch):
 
 
 def test_entropy_is_left_out_where_nobody_asks(policy, batch):
-    logprobs, entropy = response_logprobs(policy, batch, 1.0, with_entropy=False)
+    logprobs, entropy, _ = response_logprobs(PolicyModel(policy), batch, 1.0, with_entropy=False)
     assert logprobs.requires_grad and not entropy.any()
 
 
@@ -131,7 +133,7 @@ def test_only_positions_that_predict_response_tokens_reach_the_head(policy, batc
     hook = policy.get_output_embeddings().register_forward_hook(
         lambda module, args, output: seen.append(output.shape)
     )
-    response_logprobs(policy, batch, 1.0, with_entropy=False)
+    response_logprobs(PolicyModel(policy), batch, 1.0, with_entropy=False)
     hook.remove()
     assert seen == [(int(batch.response_lengths_B.sum()), 300)]
 
@@ -141,7 +143,7 @@ def test_logits_in_blocks_change_nothing(policy, batch, monkeypatch):
     for kept in (2**28, 0):
         monkeypatch.setattr(forward, "KEPT_BYTES", kept)
         policy.zero_grad()
-        logprobs, entropy = response_logprobs(policy, batch, 0.7, with_entropy=True)
+        logprobs, entropy, _ = response_logprobs(PolicyModel(policy), batch, 0.7, with_entropy=True)
         (logprobs.sum() + 2 * entropy.sum()).backward()
         made.append([logprobs, entropy, *(p.grad for p in policy.parameters())])
         policy.zero_grad(set_to_none=True)

@@ -41,7 +41,7 @@ def poison(learner: PolicyLearner, monkeypatch, *, times: int) -> None:
         report = backward(update, *args)
         if left[0] > 0:
             left[0] -= 1
-            update.networks.policy.get_input_embeddings().weight.grad[5, 5] = math.nan
+            update.networks.policy.model.get_input_embeddings().weight.grad[5, 5] = math.nan
         return report
 
     monkeypatch.setattr(Update, "backward", poisoned)
@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_never_published(new_learner):
     assert learner.publish().version == 0
     with torch.no_grad():
         learner.policy.model.norm.weight[3] = math.inf
-    with pytest.raises(NonFiniteWeights, match=r"model\.norm\.weight of version 0"):
+    with pytest.raises(NonFiniteWeights, match=r"model\.norm\.weight holds a NaN"):
         learner.publish()
 
 

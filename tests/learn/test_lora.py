@@ -47,7 +47,9 @@ def test_only_the_adapter_and_the_critic_learn(learner, make_groups, tiny_policy
 def test_without_it_the_policy_is_the_reference(learner, make_groups, tiny_policy):
     learner.learn(make_groups(seed=1))
     with learner.networks.as_reference() as reference:
-        torch.testing.assert_close(logits(reference), logits(load_policy(tiny_policy)), **EXACT)
+        torch.testing.assert_close(
+            logits(reference.model), logits(load_policy(tiny_policy)), **EXACT
+        )
     assert not torch.allclose(logits(learner.policy), logits(load_policy(tiny_policy)), **EXACT)
     with pytest.raises(RuntimeError, match="in the block"), without_adapter(learner.policy):
         raise RuntimeError("in the block")

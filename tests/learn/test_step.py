@@ -13,6 +13,7 @@ import torch
 
 from distrl.config import LearnConfig
 from distrl.learn.experience import to_experience
+from distrl.learn.forward import PolicyModel
 from distrl.learn.networks import Networks
 from distrl.learn.prepare import prepare
 from distrl.learn.update import Prices, Update, minibatches
@@ -59,7 +60,7 @@ def prepared_for(batch, models, config):
 
 def networks(models):
     policy, reference, critic = models
-    return Networks(policy=policy, reference=reference, critic=critic)
+    return Networks(policy=PolicyModel(policy), reference=PolicyModel(reference), critic=critic)
 
 
 def run_backward(batch, prepared, models, config, index=None, prices=PRICES):
@@ -201,7 +202,7 @@ def test_gradients_do_not_depend_on_how_a_minibatch_is_cut(models, batch):
     for other_report, other_grads in others:
         for mine, theirs in zip(grads, other_grads, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
-        for name, value in dataclasses.asdict(report).items():
+        for name, value in dataclasses.asdict(report).items() - {("padding", report.padding)}:
             assert getattr(other_report, name) == pytest.approx(value, abs=1e-5)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from distrl.models import load_policy
-from distrl.sync.canary import probe_ids, probe_logprobs, publish
+from distrl.sync.canary import probe_ids, probe_logprobs, publish_model
 from distrl.sync.memory import (
     KEPT_VERSIONS,
     NonFiniteWeights,
@@ -72,7 +72,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(publisher, bad):
     sent = tensors()
     sent["bfloat16"][1, 1] = bad
     open_before = open_files()
-    with pytest.raises(NonFiniteWeights, match="bfloat16 of version 4"):
+    with pytest.raises(NonFiniteWeights, match="bfloat16 holds a NaN or Inf"):
         publisher.publish(sent, version=4)
     assert open_files() == open_before
 
@@ -148,7 +148,7 @@ def test_a_tied_head_is_sent_as_a_tensor_of_its_own(tiny_policy, publisher):
 
 def test_a_publication_carries_the_learners_own_numbers_on_a_probe(tiny_policy, publisher):
     model = load_policy(tiny_policy)
-    weights = publish(model, publisher, version=2, vocab=300, probe_tokens=16)
+    weights = publish_model(model, publisher, version=2, vocab=300, probe_tokens=16)
     assert (weights.version, weights.transport, len(weights.probe_ids)) == (2, "shm", 16)
     assert weights.nbytes == sum(t.nbytes for t in load_file(weights.locator).values())
     for place in range(1, 16):  # slowly, one prefix after the other

@@ -1,0 +1,94 @@
+"""The processes that share a learner's work.
+
+Each rank is given the whole batch, for tokens are small beside weights, reads a part of it, and
+adds up with the others what was found. So what the ranks know after every sum is the same, and
+they decide alike: no rank waits for a collective call that another leaves out.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from distrl.learn.experience import micro_batches
+from distrl.learn.spec import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of the learner; alone by default, when nothing is communicated."""
+
+    rank: int = 0
+    world: int = 1
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def join(cls, place: Place, device: torch.device) -> Ranks:
+        """Meet the others at `place.address`. Raises DistError where they do not come in time."""
+        if place.address.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{place.address}",
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timedelta(seconds=place.timeout_s),
+        )
+        mesh = init_device_mesh(device.type, (place.world,))
+        return cls(rank=place.rank, world=place.world, mesh=mesh)
+
+    def leave(self) -> None:
+        """Break the connections. May be called twice."""
+        if self.mesh is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes what is written once."""
+        return self.rank == 0
+
+    def add(self, *tensors: Tensor) -> None:
+        """Each becomes the sum over ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def parts(self, lengths_B: Tensor, index: Tensor, budget: int) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's microbatches of the sequences at `index` (`micro_batches`).
+
+        Every pass over a sharded model is a meeting, so all ranks get as many: one that has fewer
+        reads a sequence again, and is told with False that it does not count.
+        """
+        cuts = [
+            list(micro_batches(lengths_B, index[share], budget))
+            for share in balanced(lengths_B[index], self.world)
+        ]
+        for turn in range(max(map(len, cuts))):
+            mine = cuts[self.rank]
+            yield (mine[turn], True) if turn < len(mine) else (index[:1], False)
+
+
+ALONE = Ranks()
+
+
+def balanced(lengths_N: Tensor, world: int) -> list[Tensor]:
+    """Which sequences each rank takes, so that tokens are shared out evenly: the longest that is
+    left goes to whoever has least."""
+    if world == 1:
+        return [torch.arange(len(lengths_N))]
+    loads = [(0, rank) for rank in range(world)]
+    shares: list[list[int]] = [[] for _ in range(world)]
+    for row in np.argsort(-lengths_N.cpu().numpy(), kind="stable").tolist():
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(row)
+        heapq.heappush(loads, (load + int(lengths_N[row]), rank))
+    return [torch.tensor(share, dtype=torch.long) for share in shares]

@@ -1,0 +1,71 @@
+"""A model spread over ranks (FSDP2): each holds a part of every weight, and has a layer whole only
+while it runs it.
+
+Zhao et al. 2023, "PyTorch FSDP". What is trained stays in float32; with another `compute` dtype
+the copies that are gathered for a pass have that one, and gradients are summed in float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+# It fears operations in place on what a module returns; there are none here.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def shard(
+    module: nn.Module, mesh: DeviceMesh, compute: torch.dtype, *, offload: bool = False
+) -> None:
+    """Spread `module` over `mesh`, in place and layer by layer; its forward is the only way in.
+
+    Gradients are summed over ranks, not averaged: each rank's loss is its share of the whole.
+    offload: what is not being computed with waits in the CPU's memory.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    where = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for part in [*(layer for _, _, layer in _layers(module)), module]:
+        # Also the outermost is spread again after each pass: a pass without gradient would
+        # else leave its weights whole, and out of date after the next step.
+        fully_shard(
+            part, mesh=mesh, mp_policy=precision, offload_policy=where, reshard_after_forward=True
+        )
+        root = cast(FSDPModule, part)
+        root.set_gradient_divide_factor(1.0)
+        root.set_force_sum_reduction_for_comms(True)
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Each layer keeps its input alone, and is computed again on the way back (Chen et al. 2016).
+    Names in the module's state stay as they are."""
+    for parent, name, layer in list(_layers(module)):
+        setattr(parent, name, checkpoint_wrapper(layer))
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name in it, layer) of what its model calls units that must not be split."""
+    kinds = {
+        kind for part in module.modules() for kind in getattr(part, "_no_split_modules", None) or ()
+    }
+    for parent in module.modules():
+        if not isinstance(parent, CheckpointWrapper):
+            for name, child in parent.named_children():
+                inner = getattr(child, "_checkpoint_wrapped_module", child)
+                if type(inner).__name__ in kinds:
+                    yield parent, name, child

@@ -1,0 +1,211 @@
+"""A learner of two processes comes to what a learner of one does, and takes up its state."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from distrl.learn.learner import PolicyLearner
+from distrl.learn.pretrain import save_examples
+from distrl.learn.ranks import balanced
+from distrl.learn.spec import Place
+from distrl.learn.state import StateMismatch
+from distrl.models.load import load_policy
+from tests.learn.rank_process import run, spec_of
+
+QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2, "record": False}
+CASES = {
+    "ppo": {"kl": {"kind": "adaptive", "coef": 0.2}, "micro_tokens": 64},
+    "shared": {
+        "value": {"trunk": "shared", "start": "policy"},
+        "pretrain": {"coef": 2.0, "sequences": 5},
+        "ema": 0.9,
+        "adam_epsilon_in": "tf",
+        "trust_engine_logprobs": True,
+    },
+    "grpo_lora": {
+        "advantage": {"kind": "group", "whiten": False},
+        "objective": {"aggregate": "sequence", "entropy_bonus": 0.01},
+        "kl": {"place": "loss"},
+        "lora": {"rank": 4, "alpha": 8},
+    },
+    "checkpointed": {"checkpoint_activations": True, "epochs": 2},
+}
+STEPS = 3
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def together(folder: Path, world: int) -> None:
+    """Run `rank_process.py` in as many processes."""
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parent / "rank_process.py"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, folder, str(rank)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_policy, make_groups, tmp_path_factory):
+    """Every case by one process and by two; then half of "ppo" by one, the rest by two, and the
+    other way round."""
+    root = tmp_path_factory.mktemp("ranks")
+    batches = [make_groups(seed=step + 1) for step in range(STEPS)]
+    examples = root / "examples.safetensors"
+    save_examples([list(range(3, 3 + n)) for n in (4, 30, 9, 2, 17, 12)], examples)
+    cases = {
+        name: {"config": QUICK | config, "examples": str(examples) if name == "shared" else None}
+        for name, config in CASES.items()
+    }
+    cases["halves"] = cases["ppo"]
+    job = {"world": 2, "policy": str(tiny_policy), "cases": cases}
+    alone = root / "alone"
+    for name, case in cases.items():
+        (alone / name).mkdir(parents=True)
+        learner = PolicyLearner(spec_of(job, case, alone / name))
+        run(learner, case, batches[: 1 if name == "halves" else STEPS], alone / name)
+        learner.close()
+    resumed = cases["ppo"] | {"resume": str(alone / "halves" / "checkpoint")}
+    job["cases"] = {
+        name: case | {"address": free_address()}
+        for name, case in (cases | {"halves": resumed}).items()
+    }
+    both = root / "both"
+    for name in cases:
+        (both / name).mkdir(parents=True)
+    (both / "job.json").write_text(json.dumps(job))
+    (both / "batches.pickle").write_bytes(pickle.dumps(batches))
+    together(both, 2)
+    return alone, both
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_come_to_what_one_does(ran, case):
+    alone, both = (json.loads((folder / case / "told.json").read_text()) for folder in ran)
+    assert len(alone["metrics"]) == STEPS
+    for one, two in zip(alone["metrics"], both["metrics"], strict=True):
+        timeless = [n for n in one if not n.startswith("time/") and n != "learn/padding"]
+        assert two.keys() == one.keys()
+        assert [two[n] for n in timeless] == pytest.approx([one[n] for n in timeless], abs=1e-5)
+    assert both["probe"] == pytest.approx(alone["probe"], abs=1e-5)
+    published = [load_file(folder / case / "published.safetensors") for folder in ran]
+    torch.testing.assert_close(published[1], published[0], **CLOSE)
+    exported = [load_policy(folder / case / "policy").state_dict() for folder in ran]
+    torch.testing.assert_close(exported[1], exported[0], **CLOSE)
+
+
+def test_two_ranks_take_up_what_one_saved(ran):
+    alone, both = ran
+    unbroken = load_file(alone / "ppo" / "published.safetensors")
+    torch.testing.assert_close(
+        load_file(both / "halves" / "published.safetensors"), unbroken, **CLOSE
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_takes_up_what_two_ranks_saved(ran, case, tiny_policy, make_groups, tmp_path):
+    alone, both = ran
+    job = {"policy": str(tiny_policy)}
+    examples = alone.parent / "examples.safetensors"
+    config = {"config": QUICK | CASES[case], "examples": examples if case == "shared" else None}
+    found = []
+    for folder in (alone, both):
+        learner = PolicyLearner(spec_of(job, config, tmp_path))
+        learner.load(folder / case / "checkpoint")
+        assert learner.step == STEPS
+        learner.learn(make_groups(seed=9))
+        found.append(learner.networks.policy_state())
+        learner.close()
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_each_rank_keeps_its_half_alone(ran):
+    alone, both = ran
+    halves = sorted((both / "ppo" / "checkpoint").glob("policy.*-of-*.safetensors"))
+    assert [half.name for half in halves] == [
+        "policy.00000-of-00002.safetensors",
+        "policy.00001-of-00002.safetensors",
+    ]
+    whole = load_file(alone / "ppo" / "checkpoint" / "policy.safetensors")
+    parts = [load_file(half) for half in halves]
+    for name, tensor in whole.items():
+        if "rotary" not in name:
+            torch.testing.assert_close(torch.cat([part[name] for part in parts]), tensor, **CLOSE)
+
+
+def test_a_file_that_is_missing_is_named(ran, tiny_policy, tmp_path):
+    _, both = ran
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for path in (both / "ppo" / "checkpoint").iterdir():
+        if path.name != "critic.00001-of-00002.safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    job, config = {"policy": str(tiny_policy)}, {"config": QUICK | CASES["ppo"]}
+    learner = PolicyLearner(spec_of(job, config, tmp_path))
+    with pytest.raises(StateMismatch, match=r"critic.safetensors .* of 2 ranks' files 1 are"):
+        learner.load(folder)
+    learner.close()
+
+
+def test_passes_in_bfloat16_train_float32_weights(ran, tiny_policy, make_groups, tmp_path):
+    """One rank, in two precisions: near the run in float32, and nothing of it is kept in half."""
+    alone, _ = ran
+    half = {"config": QUICK | CASES["ppo"] | {"dtype": "bfloat16"}}
+    spec = spec_of({"policy": str(tiny_policy)}, half, tmp_path)
+    learner = PolicyLearner(replace(spec, place=Place(address=free_address())))
+    try:
+        reports = [learner.learn(make_groups(seed=step + 1)) for step in range(STEPS)]
+        assert all(p.dtype == torch.float32 for p in learner.policy.parameters())
+        learner.publish()
+        learner.save(tmp_path / "checkpoint")
+    finally:
+        learner.close()
+    told = json.loads((alone / "ppo" / "told.json").read_text())["metrics"][-1]
+    for name in ("ppo/entropy", "value/mean", "kl/ref"):
+        assert reports[-1].metrics[name] == pytest.approx(told[name], rel=0.05, abs=0.05)
+    exact = load_file(alone / "ppo" / "checkpoint" / "policy.safetensors")
+    found = load_file(tmp_path / "checkpoint" / "policy.safetensors")
+    start = load_policy(tiny_policy).state_dict()
+    moved = {n: exact[n] - start[n] for n in start if n in exact}
+    error = {n: found[n] - exact[n] for n in moved}
+    total = [sum(float(t.square().sum()) for t in of.values()) for of in (moved, error)]
+    assert 0 < total[1] < 0.3 * total[0], "other roundings, the same direction"
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 5))
+def test_sequences_are_shared_out_evenly(lengths, world):
+    shares = balanced(torch.tensor(lengths), world)
+    assert sorted(row for share in shares for row in share.tolist()) == list(range(len(lengths)))
+    loads = [sum(lengths[row] for row in share.tolist()) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
