@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
-        learner = _learner(Path(scratch), options)
+        make_policy(Path(scratch), options.hidden, options.layers)
+        learner = PolicyLearner(make_spec(Path(scratch), options.threads))
         ours, bare = _ours(learner), _Bare(learner)
         for run in (ours, bare):
             run()  # what is allocated once is not timed
@@ -55,7 +56,7 @@ def main() -> None:
         learner.close()
     ratios = [b / o for b, o in zip(times["bare"], times["ours"], strict=True)]
     ratio = statistics.median(ratios)
-    tokens = int(_batch(learner).lengths_B.sum())
+    tokens = int(make_batch(learner.version).lengths_B.sum())
     report(
         "The learner against bare passes",
         {
@@ -79,34 +80,36 @@ def _timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _learner(scratch: Path, options: argparse.Namespace) -> PolicyLearner:
+def make_policy(scratch: Path, hidden: int, layers: int) -> None:
+    """A new Llama with 2,048 words, in `scratch / "policy"`."""
     tokenizer = train_tokenizer([WORDS] * 8, 2048, 128)
-    heads = max(1, options.hidden // 32)
     config = ModelConfig(
-        hidden=options.hidden, heads=heads, layers=options.layers, vocab=2048, context=128
+        hidden=hidden, heads=max(1, hidden // 32), layers=layers, vocab=2048, context=128
     )
     model = new_llama(config, tokenizer, seed=0)
     model.resize_token_embeddings(2048)
     save_policy(model, tokenizer, scratch / "policy")
+
+
+def make_spec(scratch: Path, threads: int) -> LearnerSpec:
+    """A learner with a critic of its own, from what `make_policy` made."""
     learn = {"minibatches": 2, "record": False, "value": {"start": "policy"}}
-    return PolicyLearner(
-        LearnerSpec(
-            policy=scratch / "policy",
-            reward_model=None,
-            config=LearnConfig.model_validate(learn),
-            total_steps=1000,
-            total_samples=1000 * SAMPLES,
-            longest=LONGEST,
-            temperature=1.0,
-            seed=0,
-            canary_tokens=8,
-            scratch=scratch,
-            threads=options.threads,
-        )
+    return LearnerSpec(
+        policy=scratch / "policy",
+        reward_model=None,
+        config=LearnConfig.model_validate(learn),
+        total_steps=1000,
+        total_samples=1000 * SAMPLES,
+        longest=LONGEST,
+        temperature=1.0,
+        seed=0,
+        canary_tokens=8,
+        scratch=scratch,
+        threads=threads,
     )
 
 
-def _batch(learner: PolicyLearner) -> Experience:
+def make_batch(version: int) -> Experience:
     """Random rollouts of mixed length."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(SHORTEST, LONGEST + 1, SAMPLES)
@@ -120,14 +123,14 @@ def _batch(learner: PolicyLearner) -> Experience:
         response_lengths_B=torch.from_numpy(lengths),
         tokens_BT=ids[:, PROMPT:] * mask,
         behaviour_BT=-7.6 * mask,
-        versions_BT=torch.full(mask.shape, learner.version),
+        versions_BT=torch.full(mask.shape, version),
         scores_B=torch.from_numpy(rng.normal(size=SAMPLES)).float(),
         samples_1=torch.tensor([1]),
     )
 
 
 def _ours(learner: PolicyLearner) -> Callable[[], Any]:
-    return lambda: learner.learn_from(_batch(learner))
+    return lambda: learner.learn_from(make_batch(learner.version))
 
 
 class _Bare:
@@ -135,7 +138,7 @@ class _Bare:
 
     def __init__(self, learner: PolicyLearner) -> None:
         self.networks, self.micro_tokens = learner.networks, learner.config.micro_tokens
-        tokens = int(_batch(learner).lengths_B.sum())
+        tokens = int(make_batch(learner.version).lengths_B.sum())
         width = PROMPT + (SHORTEST + LONGEST) // 2
         rows = round(tokens / width)
         self.batches = torch.randint(3, 2000, (rows, width)).split(rows // 2)

@@ -86,6 +86,8 @@ def _kind(annotation: Any) -> tuple[str, str]:
     """What stands for the value in the help, and the choices where there are some."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation, *others = (a for a in get_args(annotation) if a is not type(None))
+        if annotation is bool:  # it has a third state, so a flag cannot say it
+            return "NAME", " (true, false)"
         if others:  # a number, or one of some words
             return METAVARS[annotation], f" (or {', '.join(get_args(others[0]))})"
     if get_origin(annotation) is Literal:

@@ -109,6 +109,16 @@ REFUSED = {
         ["--score.parts", '[{"name": "a"}]'],
         ["'a'", "needs either model or function"],
     ),
+    "ranks": (["--learn.ranks", "65"], ["learn.ranks=65", "64 samples", "at most 64 ranks"]),
+    "GPUs of a rank": (
+        ["--learn.ranks", "2", "--learn.gpus", "2"],
+        ["learn.gpus=2", "2 ranks", "set it to 1"],
+    ),
+    "offload": (["--learn.offload"], ["learn.gpus=0", "learn.offload=false"]),
+    "replay of ranks": (
+        ["--learn.ranks", "2", "--learn.record", "true"],
+        ["learn.record", "one process", "learn.record=false"],
+    ),
     "controller": (
         ["--learn.kl.kind", "adaptive", "--learn.kl.horizon", "25"],
         ["learn.kl.horizon=25", "at least 26"],
