@@ -29,7 +29,7 @@ from distrl.cli.stages import (
 from distrl.config import Config, ConfigError
 from distrl.data.sources import load_demonstrations, load_prompts
 from distrl.data.stream import PromptStream
-from distrl.data.tokenizer import load_tokenizer
+from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distrl.driver.driver import Driver
 from distrl.driver.ledger import FileLedger, Ledger
 from distrl.driver.ledger_file import LedgerFile
@@ -100,6 +100,22 @@ def report(config: Config, summary: Summary) -> int:
     return 0
 
 
+def check_models(config: Config, policy: Path, reward_model: Path | None) -> None:
+    """What the learner would only find once it is up. Raises ModelError or ConfigError."""
+    learn = config.learn
+    if learn.lora.rank:
+        check_targets(policy, learn.lora)
+    from_rewards = learn.has_critic and learn.value.start == "reward_model"
+    if from_rewards and reward_model is not None:
+        tokenizers = [load_tokenizer(folder) for folder in (policy, reward_model)]
+        if len(set(map(tokenizer_fingerprint, tokenizers))) > 1:
+            raise ConfigError(
+                f"the reward model in {reward_model} has another tokenizer than the policy in "
+                f"{policy}: a critic that starts from it would read other words than were "
+                "written. Set learn.value.start=policy; rewards may be of any tokenizer"
+            )
+
+
 def train(options: Options, directory: RunDir) -> Summary:
     """Run PPO in the claimed run directory, from nothing or from its newest checkpoint."""
     config = options.config
@@ -108,8 +124,7 @@ def train(options: Options, directory: RunDir) -> Summary:
         update={"score": with_default_part(config.score, (reward_model or policy).resolve())}
     )
     source = prompt_stream(config, policy)
-    if config.learn.lora.rank:
-        check_targets(policy, config.learn.lora)
+    check_models(config, policy, reward_model)
     if config.learn.pretrain.coef:
         write_pretrain(config, policy, directory.pretrain)
     checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)

@@ -18,7 +18,7 @@ from distrl.learn.ranks import ALONE, Ranks
 from distrl.models.heads import ScalarModel
 from distrl.models.load import ModelError, as_dtype, load_policy
 from distrl.models.lora import Adapter, add_adapter, merged_tensors, without_adapter
-from distrl.models.sharding import checkpoint_activations, shard
+from distrl.models.sharding import checkpoint_activations, compile_layers, shard
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +76,9 @@ class Networks:
         if config.checkpoint_activations:
             for root in roots:
                 checkpoint_activations(root)
+        if config.compile:
+            for root in roots:
+                compile_layers(root)
         for root in roots:
             if ranks.mesh is None:
                 root.to(device)

@@ -58,6 +58,13 @@ def checkpoint_activations(module: nn.Module) -> None:
         setattr(parent, name, checkpoint_wrapper(layer))
 
 
+def compile_layers(module: nn.Module) -> None:
+    """Have each layer compiled when it is first run: sums and products that follow one another
+    become one pass over memory. It takes some seconds for each kind of pass, once on a machine."""
+    for _, _, layer in _layers(module):
+        layer.compile(dynamic=True)
+
+
 def _layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, name in it, layer) of what its model calls units that must not be split."""
     kinds = {

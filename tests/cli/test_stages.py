@@ -20,7 +20,10 @@ from distrl.cli.stages import (
     reward_stage,
     sft_stage,
 )
+from distrl.cli.train import check_models
 from distrl.config import Config, ConfigError, dump_yaml
+from distrl.data.tokenizer import load_tokenizer
+from distrl.models.load import ModelError
 
 
 @pytest.fixture
@@ -209,3 +212,19 @@ def test_functions_are_looked_up_before_any_stage(
         assert main(["train", *run, *words, "--learn.value.start", "policy", *more]) == 2
         assert message in capsys.readouterr().err
     assert made == []
+
+
+def test_a_critic_cannot_start_from_a_reward_model_that_reads_otherwise(
+    tiny_policy: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny_policy)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path)
+    check_models(Config(), tiny_policy, tiny_policy)
+    with pytest.raises(ConfigError, match=r"another tokenizer .* learn\.value\.start=policy"):
+        check_models(Config(), tiny_policy, tmp_path)
+    alone = Config.model_validate({"learn": {"value": {"start": "policy"}}})
+    check_models(alone, tiny_policy, tmp_path)
+    lora = {"learn": {"lora": {"rank": 2, "targets": ["query"]}}}
+    with pytest.raises(ModelError, match="called 'query'"):
+        check_models(Config.model_validate(lora), tiny_policy, tiny_policy)
