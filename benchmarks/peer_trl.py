@@ -9,12 +9,13 @@ heads. The work is all of a PPO step: generation, reward, reference, updates.
 
 TRL's trainer has two threads and a virtual environment of its own (runs/peer_trl_venv), generates
 with transformers, and is spared what takes time only: checkpointing of activations, bfloat16,
-smaller batches, saving, evaluation. Ours is `distrl train` as a user would run it: vLLM on one
-core, learner on the other, a staleness bound of 1. The two take turns, with the same weights,
-prompts and seeds. A step's time runs to the end of the next, the first two are left out. So that
-all responses are equally long, the token that ends one is never sampled: workload a's output head
-is made so, workload b takes one for it that SmolLM2 never writes (6e-7). "Alone" is what TRL does
-in a step after generation against our scorer and learner in one process with two threads.
+smaller batches, saving, evaluation. Ours is `distrl train` as a user would run it where the learner
+has most to do: synchronous, vLLM and a compiled learner in turns on the same two cores. The two
+sides take turns, with the same weights, prompts and seeds. A step's time runs to the end of the
+next, the first two are left out. So that all responses are equally long, the token that ends one is
+never sampled: workload a's output head is made so, workload b takes one for it that SmolLM2 never
+writes (6e-7). "Alone" is what TRL does in a step after generation against our scorer and learner in
+one process with two threads.
 
 Thresholds, set before the first run, in samples/s over TRL's. Critic of its own: 1.5, aim 2. Shared
 trunk and the engine's log-probabilities trusted: 2.5, aim 3 on workload a; 1.5, aim 2 on b.
@@ -302,7 +303,8 @@ def _words(job: Job) -> list[str]:
         "--learn.epochs", str(workload.epochs), "--learn.minibatches", str(workload.minibatches),
         "--learn.lr", str(LR), "--learn.critic_lr", str(LR), "--learn.record", "false",
         "--driver.steps", str(job.steps), "--driver.prompts_per_step", str(workload.batch),
-        "--driver.max_staleness", "1", "--driver.checkpoint_every", str(job.steps),
+        "--driver.checkpoint_every", str(job.steps), "--driver.max_staleness", "0",
+        "--learn.cpus", str(CORES), "--learn.compile",
         "--no-metrics.wandb",
     ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ from distrl.metrics import (
 )
 from distrl.models.lora import check_targets
 from distrl.score.compose import with_default_part
+
+COMPILERS = ("g++", "clang++", "c++")
 
 STOPPED = 75
 """Exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
@@ -103,6 +106,11 @@ def report(config: Config, summary: Summary) -> int:
 def check_models(config: Config, policy: Path, reward_model: Path | None) -> None:
     """What the learner would only find once it is up. Raises ModelError or ConfigError."""
     learn = config.learn
+    if learn.compile and not any(map(shutil.which, COMPILERS)):
+        raise ConfigError(
+            f"learn.compile needs a C++ compiler ({', '.join(COMPILERS)}), and there is none on "
+            "the path; install one, or set learn.compile=false"
+        )
     if learn.lora.rank:
         check_targets(policy, learn.lora)
     from_rewards = learn.has_critic and learn.value.start == "reward_model"

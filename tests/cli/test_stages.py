@@ -214,8 +214,8 @@ def test_functions_are_looked_up_before_any_stage(
     assert made == []
 
 
-def test_a_critic_cannot_start_from_a_reward_model_that_reads_otherwise(
-    tiny_policy: Path, tmp_path: Path
+def test_what_the_learner_would_find_too_late_is_told_before(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(tiny_policy)
     tokenizer.add_tokens(["another"])
@@ -225,6 +225,9 @@ def test_a_critic_cannot_start_from_a_reward_model_that_reads_otherwise(
         check_models(Config(), tiny_policy, tmp_path)
     alone = Config.model_validate({"learn": {"value": {"start": "policy"}}})
     check_models(alone, tiny_policy, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"learn\.compile needs a C\+\+ compiler"):
+        check_models(Config.model_validate({"learn": {"compile": True}}), tiny_policy, None)
     lora = {"learn": {"lora": {"rank": 2, "targets": ["query"]}}}
     with pytest.raises(ModelError, match="called 'query'"):
         check_models(Config.model_validate(lora), tiny_policy, tiny_policy)

@@ -368,3 +368,16 @@ def test_reward_rises_and_the_kl_pays_for_it(new_learner, name):
     for m in near:
         allowed = largest_gain(max(m["kl/ref"], 0.0), torch.tensor(reference))
         assert m["reward/liked"] - np.mean(reference) <= allowed + noise
+
+
+@pytest.mark.slow
+def test_compiled_layers_come_to_the_same(new_learner, make_groups):
+    eager, compiled = new_learner(), new_learner(compile=True, checkpoint_activations=True)
+    for seed in (1, 2):
+        mine, other = (part.learn(make_groups(seed=seed)).metrics for part in (compiled, eager))
+        for name in ("loss/policy", "value/loss", "grad/norm", "kl/ref"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-5), name
+    assert compiled.publish().probe_logprobs == pytest.approx(
+        eager.publish().probe_logprobs, abs=1e-5
+    )
+    assert compiled.policy.state_dict().keys() == eager.policy.state_dict().keys()
