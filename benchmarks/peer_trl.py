@@ -304,7 +304,7 @@ def _words(job: Job) -> list[str]:
         "--learn.lr", str(LR), "--learn.critic_lr", str(LR), "--learn.record", "false",
         "--driver.steps", str(job.steps), "--driver.prompts_per_step", str(workload.batch),
         "--driver.checkpoint_every", str(job.steps), "--driver.max_staleness", "0",
-        "--learn.cpus", str(CORES), "--learn.compile",
+        "--generate.cpus", str(CORES), "--learn.cpus", str(CORES), "--learn.compile",
         "--no-metrics.wandb",
     ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """PPO-ptx (Ouyang et al. 2022, eq. 2) against plain PPO on the demo's task: does it keep the text?
 
-    python benchmarks/pretrain_mix.py [--from runs/demo] [--steps 40] [--coef 1] [--sequences 8]
+    python benchmarks/pretrain_mix.py [--from runs/demo] [--steps 40] [--coef 0.1] [--sequences 32]
 
 Both start from the finished SFT of --from, at equal samples; PPO-ptx adds the loss a token of SFT
 examples to each optimizer step, --coef times. Then the loss on held-out reviews (nats a token of
@@ -36,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--from", dest="source", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--coef", default="1")
-    parser.add_argument("--sequences", default="8")
+    parser.add_argument("--coef", default="0.1")
+    parser.add_argument("--sequences", default="32")
     options = parser.parse_args()
     mix = ["--learn.pretrain.coef", options.coef, "--learn.pretrain.sequences", options.sequences]
     runs = {
