@@ -21,6 +21,9 @@ from distrl.config.stages import (
     SFTConfig,
 )
 
+HALF_PRECISION_GAP = 0.02
+"""Nats: engine and learner are no closer where one of them computes in half precision."""
+
 PRESETS = Path(__file__).parent.parent / "presets"
 
 
@@ -99,6 +102,20 @@ class Config(Section):
                 f"sync.canary_tokens={self.sync.canary_tokens} and one token more do not fit the "
                 f"engine's {longest} tokens (data.max_prompt_tokens + generate.max_new_tokens, or "
                 f"generate.max_model_len); set sync.canary_tokens to {longest - 1} or less"
+            )
+        halves = [
+            f"{name}={dtype}"
+            for name, dtype in (
+                ("learn.dtype", self.learn.dtype),
+                ("generate.dtype", self.generate.dtype),
+            )
+            if dtype != "float32"
+        ]
+        if halves and self.sync.canary_tolerance < HALF_PRECISION_GAP:
+            raise ConfigError(
+                f"{' and '.join(halves)} rounds log-probabilities to some hundredths of a nat, so "
+                f"every sync would fail at sync.canary_tolerance={self.sync.canary_tolerance:g}; "
+                "set it to 0.1 or so: weights that did not arrive are nats off"
             )
         kl = self.learn.kl
         if kl.kind == "adaptive" and self.samples_per_step >= 5 * kl.horizon:

@@ -114,6 +114,10 @@ REFUSED = {
         ["--learn.ranks", "2", "--learn.gpus", "2"],
         ["learn.gpus=2", "2 ranks", "set it to 1"],
     ),
+    "half precision": (
+        ["--learn.dtype", "bfloat16"],
+        ["learn.dtype=bfloat16", "sync.canary_tolerance=0.001", "0.1 or so"],
+    ),
     "offload": (["--learn.offload"], ["learn.gpus=0", "learn.offload=false"]),
     "replay of ranks": (
         ["--learn.ranks", "2", "--learn.record", "true"],
