@@ -26,10 +26,12 @@ from common import report
 
 from distrl.config import LearnConfig, ModelConfig
 from distrl.data.tokenizer import train_tokenizer
+from distrl.learn.allocator import keep_freed_memory
 from distrl.learn.experience import Experience
 from distrl.learn.learner import PolicyLearner
 from distrl.learn.optimizer import optimizer_for
 from distrl.learn.spec import LearnerSpec
+from distrl.models.heads import ScalarModel
 from distrl.models.load import new_llama, save_policy
 
 PROMPT, SHORTEST, LONGEST, SAMPLES = 12, 8, 48, 128
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
+        keep_freed_memory()
         make_policy(Path(scratch), options.hidden, options.layers)
         learner = PolicyLearner(make_spec(Path(scratch), options.threads))
         ours, bare = _ours(learner), _Bare(learner)
@@ -153,17 +156,21 @@ class _Bare:
             for ids in self._micro(torch.cat(self.batches)):
                 policy.model(input_ids=ids, use_cache=False)
                 reference.model(input_ids=ids, use_cache=False)
-                critic(ids)
+                _values(critic, ids)
         for batch in self.batches:
             for ids in self._micro(batch):
                 policy.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                critic(ids).square().mean().backward()
+                _values(critic, ids).square().mean().backward()
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
     def _micro(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ids.split(max(1, self.micro_tokens // ids.shape[1]))
+
+
+def _values(critic: ScalarModel, ids: torch.Tensor) -> torch.Tensor:
+    return critic.on(critic.body(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 if __name__ == "__main__":

@@ -74,15 +74,21 @@ def named(process: psutil.Process, prefixes: tuple[str, ...]) -> bool:
 
 
 def busy(process: psutil.Process) -> bool:
-    """Whether what it started uses most of a core, over a tenth of a second."""
+    """Whether what it started uses a fifth of a core, over a fifth of a second: the cores may be
+    wanted by others too."""
 
     def used_s() -> float:
         times = [child.cpu_times() for child in process.children(recursive=True)]
         return sum(time.user + time.system for time in times)
 
     before = used_s()
-    time.sleep(0.1)
-    return used_s() - before > 0.06
+    time.sleep(0.2)
+    return used_s() - before > 0.04
+
+
+def heed_ctrl_c() -> None:
+    """A shell has its background jobs ignore it, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Run:
@@ -102,6 +108,7 @@ class Run:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=heed_ctrl_c,
             )
 
     @property

@@ -25,6 +25,7 @@ from distrl.actors.batching import Desk, Outcomes, unpacked
 from distrl.actors.process import left_when_killed, log_to, node_id
 from distrl.config import ScoreConfig, SyncConfig
 from distrl.generate.engine import EngineSpec
+from distrl.learn.allocator import keep_freed_memory
 from distrl.learn.spec import LearnerSpec, Place
 from distrl.records import (
     GroupInfo,
@@ -53,6 +54,7 @@ DEAD_ENGINE = 75
 def _begin(path: Path, cores: Cores = None) -> None:
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for the driver, which ends its actors in order
     log_to(path)
+    keep_freed_memory()
     if cores is not None:
         os.sched_setaffinity(0, cores)
     faulthandler.enable()

@@ -8,6 +8,7 @@ import sys
 
 from distrl import __version__
 from distrl.config import ConfigError
+from distrl.learn.allocator import keep_freed_memory
 
 COMMANDS = {
     "demo": "everything in minutes: SFT, reward model, PPO and evaluation on human ratings",
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distrl: no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    keep_freed_memory()
     module = importlib.import_module(f"distrl.cli.{command.replace('-', '_')}")
     try:
         return module.run(COMMANDS[command], words[1:])

@@ -216,6 +216,10 @@ class LearnConfig(Section):
         description="of forward and backward passes; what is trained, and the sums of gradients, "
         "are float32 in any case",
     )
+    packing: bool = Field(
+        default=True,
+        description="read sequences end to end, without pads, where the model's kind allows it",
+    )
     checkpoint_activations: bool = Field(
         default=False,
         description="keep each layer's input alone and compute the rest again on the way back: "
@@ -239,7 +243,7 @@ class LearnConfig(Section):
     epochs: int = Field(default=1, ge=1, description="passes over a batch")
     minibatches: int = Field(default=2, ge=1, description="optimizer steps a pass")
     micro_tokens: int = Field(
-        default=4096, ge=16, description="padded tokens of a forward-backward pass"
+        default=2048, ge=16, description="tokens of a forward-backward pass, pads included"
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of each gradient")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")

@@ -104,16 +104,36 @@ PASS_TOKENS = 64
 on a CPU with 2 M parameters)."""
 
 
-def micro_batches(lengths_B: Tensor, index: Tensor, budget: int) -> Iterator[Tensor]:
+def micro_batches(
+    lengths_B: Tensor, index: Tensor, budget: int, *, padded: bool = True
+) -> Iterator[Tensor]:
     """Cut the sequences at `index`, in the order of their lengths, into parts of at most `budget`
-    padded tokens; a sequence beyond it goes alone.
+    tokens, pads included where there will be any; a sequence beyond it goes alone.
 
-    Of all such cuts it is the cheapest, where a part costs its padded tokens and PASS_TOKENS.
+    Of all such cuts it is the cheapest, where a part costs its tokens and PASS_TOKENS.
     """
     by_length = index[torch.argsort(lengths_B[index], stable=True)]
-    ends = _cheapest_cuts(lengths_B[by_length].cpu().numpy(), budget)
+    lengths = lengths_B[by_length].cpu().numpy()
+    ends = _cheapest_cuts(lengths, budget) if padded else _fewest_cuts(lengths, budget)
     for first, end in itertools.pairwise([0, *ends]):
         yield by_length[first:end]
+
+
+def _fewest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
+    """Where each part ends if none is padded: in as few as can be, of about as many tokens."""
+    total = int(lengths.sum())
+    share = total / max(1, -(-total // budget))
+    ends: list[int] = []
+    tokens = 0
+    for place, length in enumerate(lengths.tolist()):
+        if tokens and tokens + length > budget:
+            ends.append(place)
+            tokens = 0
+        tokens += length
+        if tokens >= share and place + 1 < len(lengths):
+            ends.append(place + 1)
+            tokens = 0
+    return [*ends, len(lengths)] if len(lengths) else ends
 
 
 def _cheapest_cuts(lengths: np.ndarray, budget: int) -> list[int]:

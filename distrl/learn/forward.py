@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from distrl.algo import head_logprobs, token_logprobs
 from distrl.learn.experience import Experience
 from distrl.models.heads import ScalarModel
+from distrl.models.packing import token_states
 
 KEPT_BYTES = 2**28
 """Logits of a pass up to this size are kept."""
@@ -32,6 +33,7 @@ class PolicyModel(nn.Module):
     def forward(
         self,
         ids_BL: Tensor,
+        lengths_B: Tensor,
         chosen_BL: Tensor,
         tokens_N: Tensor | None,
         temperature: float = 1.0,
@@ -39,8 +41,7 @@ class PolicyModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """states_ND, logprobs_N and entropy_N (nats) at the places that `chosen_BL` marks, where
         `tokens_N` came next; both are empty without tokens. `ids_BL` right-padded."""
-        hidden_BLD = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        states_ND = hidden_BLD[chosen_BL]
+        states_ND = token_states(self.model.base_model, ids_BL, lengths_B, chosen_BL)
         if tokens_N is None:
             nothing = states_ND.new_zeros(0)
             return states_ND, nothing, nothing
@@ -52,7 +53,7 @@ class PolicyModel(nn.Module):
 
 def response_states(policy: PolicyModel, batch: Experience) -> Tensor:
     """states_ND: the policy's hidden states in which the N response tokens were chosen."""
-    return policy(batch.ids_BL, _predicting(batch), None)[0]
+    return policy(batch.ids_BL, batch.lengths_B, _predicting(batch), None)[0]
 
 
 def response_logprobs(
@@ -65,7 +66,12 @@ def response_logprobs(
     """
     mask_BT = batch.mask_BT
     states_ND, logprobs_N, entropy_N = policy(
-        batch.ids_BL, _predicting(batch), batch.tokens_BT[mask_BT], temperature, with_entropy
+        batch.ids_BL,
+        batch.lengths_B,
+        _predicting(batch),
+        batch.tokens_BT[mask_BT],
+        temperature,
+        with_entropy,
     )
     return _spread(logprobs_N, mask_BT), _spread(entropy_N, mask_BT), states_ND
 
@@ -107,8 +113,10 @@ def response_values(
     `states_ND` are those of `response_states`, where the critic stands on the policy's body.
     """
     if states_ND is None:
-        return _spread(critic(batch.ids_BL)[_predicting(batch)], batch.mask_BT)
-    return _spread(critic.on(states_ND), batch.mask_BT)
+        values_N = critic(batch.ids_BL, batch.lengths_B, _predicting(batch))
+    else:
+        values_N = critic.on(states_ND)
+    return _spread(values_N, batch.mask_BT)
 
 
 def _predicting(batch: Experience) -> Tensor:

@@ -211,7 +211,7 @@ class PolicyLearner:
         turn = self.step * self.config.epochs * self.config.minibatches + place
         examples = self.pretrain.turn(turn, settings.sequences)
         return pretrain_backward(
-            self.networks.policy, examples, settings.coef, self.config.micro_tokens, self.ranks
+            self.networks, examples, settings.coef, self.config.micro_tokens, self.ranks
         )
 
     def _apply(
@@ -282,7 +282,8 @@ class PolicyLearner:
         """[K-1]: log p(probe[1:]), nats, at temperature 1."""
         ids = torch.from_numpy(probe).long().to(self.device)
         everywhere = torch.ones((1, len(ids) - 1), dtype=torch.bool, device=self.device)
-        _, logprobs, _ = self.networks.policy(ids[None, :-1], everywhere, ids[1:])
+        length = torch.tensor([len(ids) - 1], device=self.device)
+        _, logprobs, _ = self.networks.policy(ids[None, :-1], length, everywhere, ids[1:])
         return logprobs.cpu().numpy()
 
     # -- state --------------------------------------------------------------------

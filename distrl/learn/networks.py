@@ -18,19 +18,22 @@ from distrl.learn.ranks import ALONE, Ranks
 from distrl.models.heads import ScalarModel
 from distrl.models.load import ModelError, as_dtype, load_policy
 from distrl.models.lora import Adapter, add_adapter, merged_tensors, without_adapter
+from distrl.models.packing import pack
 from distrl.models.sharding import checkpoint_activations, compile_layers, shard
 
 
 @dataclass(kw_only=True, slots=True)
 class Networks:
     """`reference` is frozen; None: the policy without its `adapter`, or nobody asks. `critic` is
-    None where advantages need none; where `shared`, it stands on the policy's own body."""
+    None where advantages need none; where `shared`, it stands on the policy's own body.
+    `packed`: all read sequences without pads."""
 
     policy: PolicyModel
     reference: PolicyModel | None
     critic: ScalarModel | None
     shared: bool = False
     adapter: Adapter | None = None
+    packed: bool = False
 
     @classmethod
     def load(
@@ -55,16 +58,19 @@ class Networks:
             critic = ScalarModel.load(reward_model)
         elif config.has_critic:
             critic = ScalarModel.from_policy(trained, seed, zero_head=True)
+        bodies = [trained] if critic is None or shared else [trained, critic.body]
         adapter = add_adapter(trained, config.lora, seed) if config.lora.rank else None
         reference = None
         if config.kl.used and adapter is None:
             reference = PolicyModel(load_policy(policy).requires_grad_(False))
+            bodies.append(reference.model)
         networks = cls(
             policy=PolicyModel(trained),
             reference=reference,
             critic=critic,
             shared=shared,
             adapter=adapter,
+            packed=config.packing and all([pack(body) for body in bodies]),
         )
         networks._place(config, device, ranks)
         return networks

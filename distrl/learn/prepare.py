@@ -182,7 +182,8 @@ class _Passes:
         kept = (self.proximal, self.entropy, self.reference, self.values)
         found = [torch.zeros_like(tensor) for tensor in kept]
         lengths, budget = self.batch.lengths_B, self.config.micro_tokens
-        for part, counts in self.ranks.parts(lengths, index, budget):
+        padded = not self.networks.packed
+        for part, counts in self.ranks.parts(lengths, index, budget, padded=padded):
             rows = self.batch.rows(part)
             width = rows.tokens_BT.shape[1]
             read = self._read_rows(rows, with_policy=with_policy, with_others=with_others)

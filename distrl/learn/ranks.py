@@ -62,14 +62,16 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def parts(self, lengths_B: Tensor, index: Tensor, budget: int) -> Iterator[tuple[Tensor, bool]]:
+    def parts(
+        self, lengths_B: Tensor, index: Tensor, budget: int, *, padded: bool = True
+    ) -> Iterator[tuple[Tensor, bool]]:
         """This rank's microbatches of the sequences at `index` (`micro_batches`).
 
         Every pass over a sharded model is a meeting, so all ranks get as many: one that has fewer
         reads a sequence again, and is told with False that it does not count.
         """
         cuts = [
-            list(micro_batches(lengths_B, index[share], budget))
+            list(micro_batches(lengths_B, index[share], budget, padded=padded))
             for share in balanced(lengths_B[index], self.world)
         ]
         for turn in range(max(map(len, cuts))):

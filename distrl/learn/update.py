@@ -21,7 +21,6 @@ from distrl.algo import kl_estimate, token_shares, value_loss
 from distrl.config import LearnConfig
 from distrl.learn.experience import Experience
 from distrl.learn.forward import (
-    PolicyModel,
     response_logprobs,
     response_states,
     response_values,
@@ -99,7 +98,8 @@ class Update:
         shares[index] = token_shares(kept, how, self.longest)
         means[index] = token_shares(kept)
         sums = shares.new_zeros(len(fields(MinibatchReport)))
-        for part, counts in self.ranks.parts(batch.lengths_B, index, self.config.micro_tokens):
+        budget, padded = self.config.micro_tokens, not self.networks.packed
+        for part, counts in self.ranks.parts(batch.lengths_B, index, budget, padded=padded):
             rows = batch.rows(part)
             width = rows.tokens_BT.shape[1]
             micro = _Micro(
@@ -109,7 +109,7 @@ class Update:
                 means[part, :width] * counts,
             )
             sums += self._backward(micro, prices)
-            sums[-1] += rows.ids_BL.numel() * counts
+            sums[-1] += (rows.ids_BL.numel() if padded else rows.lengths_B.sum()) * counts
         self.ranks.add(sums)
         sums[-1] = 1 - batch.lengths_B[index].sum() / sums[-1]
         return MinibatchReport(
@@ -188,7 +188,7 @@ class _Micro:
 
 
 def pretrain_backward(
-    policy: PolicyModel,
+    networks: Networks,
     examples: Sequence[Tensor],
     coef: float,
     micro_tokens: int,
@@ -198,15 +198,17 @@ def pretrain_backward(
     2022, eq. 2). examples: [L] ids each, at least two. Returns that mean, nats a token."""
     lengths = torch.tensor([len(example) for example in examples])
     tokens = int((lengths - 1).sum())
-    device = next(policy.parameters()).device
+    device = next(networks.policy.parameters()).device
     total = torch.zeros((), device=device)
-    for part, counts in ranks.parts(lengths, torch.arange(len(examples)), micro_tokens):
+    everything = torch.arange(len(examples))
+    for part, counts in ranks.parts(lengths, everything, micro_tokens, padded=not networks.packed):
         ids = torch.nn.utils.rnn.pad_sequence(
             [examples[row] for row in part.tolist()], batch_first=True
         ).to(device)
         places = torch.arange(ids.shape[1], device=device)
-        chosen = places < (lengths[part].to(device) - 1)[:, None]
-        _, logprobs, _ = policy(ids, chosen, ids[:, 1:][chosen[:, :-1]])
+        mine = lengths[part].to(device)
+        chosen = places < (mine - 1)[:, None]
+        _, logprobs, _ = networks.policy(ids, mine, chosen, ids[:, 1:][chosen[:, :-1]])
         loss = -logprobs.sum() * counts / tokens
         (coef * loss).backward()
         total += loss.detach()

@@ -18,6 +18,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distrl.models.folder import replacing
 from distrl.models.load import ModelError, as_dtype, check_finite, checked_folder
+from distrl.models.packing import token_states
 from distrl.records import Int32s
 
 HEAD_FILE, META_FILE = "head.safetensors", "distrl.json"
@@ -69,12 +70,13 @@ class ScalarModel(nn.Module):
         """A head on the policy's own body, which both then share; it answers 0 at first."""
         return cls(cast(PreTrainedModel, policy.base_model), zero_head=True)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """values_BT, float32, on the normalised scale; `ids_BT` right-padded.
+    def forward(self, ids_BT: Tensor, lengths_B: Tensor, chosen_BT: Tensor) -> Tensor:
+        """values_N, float32, on the normalised scale, after the tokens that `chosen_BT` marks;
+        `ids_BT` right-padded.
 
         `reward` and `values` come through here, so that a sharded model's hooks run.
         """
-        return self.on(self.body(input_ids=ids_BT, use_cache=False).last_hidden_state)
+        return self.on(token_states(self.body, ids_BT, lengths_B, chosen_BT))
 
     def on(self, hidden: Tensor) -> Tensor:
         """The number at each of the body's hidden states, [..., D] -> [...]."""
@@ -83,9 +85,10 @@ class ScalarModel(nn.Module):
 
     def values(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """values_BT: a value after reading each token; 0 at and beyond the row's length."""
-        values_BT = self(ids_BT)
         place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        return torch.where(place_T < lengths_B.unsqueeze(1), values_BT, 0.0)
+        inside_BT = place_T < lengths_B.unsqueeze(1)
+        values_N = self(ids_BT, lengths_B, inside_BT)
+        return values_N.new_zeros(ids_BT.shape).masked_scatter(inside_BT, values_N)
 
     def reward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """scores_B, read at each row's last token (place length - 1).
@@ -94,7 +97,8 @@ class ScalarModel(nn.Module):
         """
         if int(lengths_B.min()) < 1:
             raise ValueError("a sequence without tokens has no reward")
-        return self(ids_BT).gather(1, (lengths_B.long() - 1).unsqueeze(1)).squeeze(1)
+        place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return self(ids_BT, lengths_B, place_T == lengths_B.unsqueeze(1) - 1)
 
     def normalise(self, gain: float, bias: float) -> None:
         """From now on answer gain · raw + bias, raw being the head's own output."""

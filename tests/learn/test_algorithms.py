@@ -15,6 +15,7 @@ from distrl.learn.advantages import Outcome, estimate, estimator
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import to_experience
 from distrl.learn.forward import PolicyModel
+from distrl.learn.networks import Networks
 from distrl.learn.objectives import objective
 from distrl.learn.optimizer import TFAdamW
 from distrl.learn.pretrain import Examples, save_examples
@@ -206,9 +207,12 @@ def count_passes(learner, monkeypatch):
     read = []
     body = learner.policy.base_model
     forward = body.forward
-    monkeypatch.setattr(
-        body, "forward", lambda *a, **k: (read.append(len(k["input_ids"])), forward(*a, **k))[1]
-    )
+
+    def counting(*args, **rest):
+        read.append(int((rest["position_ids"] == 0).sum()))
+        return forward(*args, **rest)
+
+    monkeypatch.setattr(body, "forward", counting)
     return read
 
 
@@ -276,12 +280,13 @@ def test_the_penalty_moves_only_where_it_has_a_target(new_learner, make_groups):
 
 def test_the_pretraining_gradient_is_that_of_the_mean_token(tiny_policy):
     policy = load_policy(tiny_policy)
+    networks = Networks(policy=PolicyModel(policy), reference=None, critic=None)
     rng = np.random.default_rng(0)
     examples = [torch.tensor(rng.integers(3, 300, n)) for n in (9, 2, 5, 30)]
     policy.zero_grad()
     for budget in (30, 4096):
         policy.zero_grad()
-        loss = pretrain_backward(PolicyModel(policy), examples, 27.8, budget)
+        loss = pretrain_backward(networks, examples, 27.8, budget)
         mine = [p.grad for p in policy.parameters()]
         policy.zero_grad(set_to_none=True)
         terms = [

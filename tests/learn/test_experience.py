@@ -130,6 +130,24 @@ def test_little_of_a_batch_of_mixed_lengths_is_padding():
     assert int(lengths_B.sum()) > 0.95 * padded
 
 
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), budget=st.integers(50, 400))
+def test_without_pads_only_tokens_count(lengths, budget):
+    lengths_B = torch.tensor(lengths)
+    parts = list(micro_batches(lengths_B, torch.arange(len(lengths)), budget, padded=False))
+    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(lengths)))
+    tokens = [int(lengths_B[part].sum()) for part in parts]
+    assert max(tokens) <= budget
+    assert len(parts) <= 2 * -(-sum(lengths) // budget), "no more passes than twice the fewest"
+
+
+def test_without_pads_passes_are_as_even_as_they_are_few():
+    lengths_B = torch.full((100,), 10)
+    parts = list(micro_batches(lengths_B, torch.arange(100), 400, padded=False))
+    assert [len(part) for part in parts] == [34, 34, 32]
+
+
 def test_a_row_longer_than_the_budget_goes_alone():
     parts = list(micro_batches(torch.tensor([9, 3, 30]), torch.tensor([0, 1, 2]), 20))
+    assert [part.tolist() for part in parts] == [[1, 0], [2]]
+    parts = list(micro_batches(torch.tensor([9, 3, 30]), torch.tensor([0, 1, 2]), 20, padded=False))
     assert [part.tolist() for part in parts] == [[1, 0], [2]]

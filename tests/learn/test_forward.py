@@ -85,7 +85,8 @@ def test_values_are_of_the_state_before_each_token(critic, groups, batch):
             answer = sample.token_ids.tolist()
             for t in range(len(answer)):
                 with torch.no_grad():
-                    expected = critic(torch.tensor([prompt + answer[:t]]))[0, -1]
+                    seen = torch.tensor([prompt + answer[:t]])
+                    expected = critic.reward(seen, torch.tensor([seen.shape[1]]))[0]
                 torch.testing.assert_close(values[row, t], expected, **EXACT)
             assert not values[row, len(answer) :].any()
             row += 1

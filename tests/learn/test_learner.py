@@ -381,3 +381,15 @@ def test_compiled_layers_come_to_the_same(new_learner, make_groups):
         eager.publish().probe_logprobs, abs=1e-5
     )
     assert compiled.policy.state_dict().keys() == eager.policy.state_dict().keys()
+
+
+def test_packing_changes_the_pads_and_nothing_else(new_learner, make_groups):
+    """The same gradients, values and log-probabilities, in passes of which all is tokens."""
+    packed, padded = new_learner(), new_learner(packing=False)
+    assert packed.networks.packed and not padded.networks.packed
+    for seed in (1, 2):
+        groups = make_groups(seed=seed, groups=8, samples=4)
+        mine, theirs = packed.learn(groups).metrics, padded.learn(groups).metrics
+        assert mine["learn/padding"] == 0 < theirs["learn/padding"]
+        for name in ("loss/policy", "grad/norm", "value/loss", "kl/ref", "ppo/entropy"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name

@@ -89,7 +89,8 @@ def slow_logprobs(model, prompt, answer):
 
 
 def slow_values(critic, prompt, answer):
-    values = critic(torch.cat([prompt, answer])[None])[0]
+    whole = torch.cat([prompt, answer])[None]
+    values = critic.values(whole, torch.tensor([whole.shape[1]]))[0]
     return [values[len(prompt) - 1 + t] for t in range(len(answer))]
 
 

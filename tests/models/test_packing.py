@@ -1,0 +1,153 @@
+"""Reading without pads: the same states and gradients as with them, and one by one."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distrl.models.packing import PACKED, pack, token_states
+
+LENGTHS_B = torch.tensor([1, 9, 4, 17])
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+
+
+def new_model(kind: str = "llama", **more):
+    """A two-layer model from a config; four heads on two of keys and values where it can."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 64,
+        **more,
+    }
+    if kind not in ("gpt_neox", "opt", "gpt2"):
+        sizes.setdefault("num_key_value_heads", 2)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture
+def ids_BL():
+    ids = torch.randint(0, 96, (4, 17), generator=torch.Generator().manual_seed(1))
+    return ids * (torch.arange(17) < LENGTHS_B[:, None])
+
+
+def chosen_BL():
+    """Some tokens of each sequence, the last among them."""
+    places = torch.arange(17)
+    return (places >= LENGTHS_B[:, None] // 2) & (places < LENGTHS_B[:, None])
+
+
+def read(model, ids_BL, lengths_B, chosen):
+    """States and the gradients of a loss in which every state counts differently."""
+    model.zero_grad(set_to_none=True)
+    states_ND = token_states(model.base_model, ids_BL, lengths_B, chosen)
+    weights = torch.linspace(-1, 1, states_ND.numel()).view_as(states_ND)
+    (states_ND.sin() * weights).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return states_ND.detach(), grads
+
+
+KINDS = ["llama", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi", "granite", "gpt2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_and_padded_passes_agree(kind, ids_BL):
+    model = new_model(kind)
+    padded, padded_grads = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    assert pack(model)
+    assert model.config._attn_implementation == PACKED
+    packed, packed_grads = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    close(packed, padded)
+    assert len(packed_grads) == len(padded_grads) > 10
+    for mine, theirs in zip(packed_grads, padded_grads, strict=True):
+        close(mine, theirs)
+
+
+def test_packed_sequences_are_as_if_alone(ids_BL):
+    model = new_model()
+    assert pack(model)
+    inside_BL = torch.arange(17) < LENGTHS_B[:, None]
+    together = token_states(model.base_model, ids_BL, LENGTHS_B, inside_BL)
+    alone = [
+        model.base_model(input_ids=row[None, :length], use_cache=False).last_hidden_state[0]
+        for row, length in zip(ids_BL, LENGTHS_B.tolist(), strict=True)
+    ]
+    close(together, torch.cat(alone))
+
+
+def test_what_stands_on_pads_is_never_read(ids_BL):
+    model = new_model()
+    assert pack(model)
+    clean, clean_grads = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    inside_BL = torch.arange(17) < LENGTHS_B[:, None]
+    other, other_grads = read(model, torch.where(inside_BL, ids_BL, 95), LENGTHS_B, chosen_BL())
+    assert torch.equal(clean, other)
+    assert all(map(torch.equal, clean_grads, other_grads))
+
+
+def test_layers_compute_on_tokens_alone(ids_BL):
+    model = new_model()
+    assert pack(model)
+    seen = []
+    model.model.layers[1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    token_states(model.base_model, ids_BL, LENGTHS_B, chosen_BL())
+    assert seen == [(1, int(LENGTHS_B.sum()), 64)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("gemma2", {"head_dim": 16}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    ],
+)
+def test_models_whose_tokens_see_less_or_more_keep_their_pads(kind, more, ids_BL):
+    model = new_model(kind, **more)
+    before, _ = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    assert not pack(model)
+    assert model.config._attn_implementation == "sdpa"
+    after, _ = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    assert torch.equal(before, after)
+
+
+def test_a_model_that_carries_something_along_is_found_out(caplog):
+    """Its config says nothing, its states do."""
+    model = new_model()
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + out.cumsum(1))
+    with caplog.at_level(logging.WARNING):
+        assert not pack(model)
+    assert "without pads" in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_packed_model_is_otherwise_what_it_was(ids_BL):
+    """Called by itself, with a padding mask on either side, it answers as before."""
+    model, packed = new_model(), new_model()
+    assert pack(packed)
+    right_BL = (torch.arange(17) < LENGTHS_B[:, None]).long()
+    for mask in (None, right_BL, right_BL.flip(1)):
+        theirs = model(input_ids=ids_BL, attention_mask=mask).logits
+        mine = packed(input_ids=ids_BL, attention_mask=mask).logits
+        rows = slice(None) if mask is None else mask.bool()
+        close(mine[rows], theirs[rows])
+
+
+@pytest.mark.gpu
+def test_the_variable_length_kernel_agrees(ids_BL):
+    model, padded_model = new_model(hidden_size=256), new_model(hidden_size=256)
+    assert pack(model)
+    args = (ids_BL.cuda(), LENGTHS_B.cuda(), chosen_BL().cuda())
+    padded, padded_grads = read(padded_model.cuda().bfloat16(), *args)
+    packed, packed_grads = read(model.cuda().bfloat16(), *args)
+    torch.testing.assert_close(packed, padded, atol=3e-2, rtol=3e-2)
+    for mine, theirs in zip(packed_grads, padded_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=5e-2, rtol=5e-2)
