@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 DISTRL = Path(sys.executable).with_name("distrl")
 MARK = "DISTRL_TEST_RUN"
+SHARED = re.compile(r"/dev/shm/\S+")
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """When all of Ray is killed, these try for a minute to tell it so, and end then."""
 START_S = 480
@@ -110,6 +112,7 @@ class Run:
                 start_new_session=True,
                 preexec_fn=heed_ctrl_c,
             )
+        threading.Thread(target=self._note_shared_memory, daemon=True).start()
 
     @property
     def output(self) -> str:
@@ -128,24 +131,26 @@ class Run:
     def wait_until(
         self, happened: Callable[[], Any], timeout_s: float = START_S, pause_s: float = 0.5
     ) -> Any:
-        """Wait for something while the run lives; note the shared memory that it uses."""
+        """Wait for something while the run lives."""
         deadline = time.monotonic() + timeout_s
         while not (result := happened()):
-            self.note_shared_memory()
             assert self.process.poll() is None, f"ended early:\n{self.output}"
             assert time.monotonic() < deadline, f"did not happen in time:\n{self.output}"
             time.sleep(pause_s)
-        self.note_shared_memory()
         return result
 
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: step in self.steps())
 
-    def note_shared_memory(self) -> None:
-        for process in self.family():
-            with suppress(OSError):
-                maps = Path(f"/proc/{process.pid}/maps").read_text()
-                self.shared_memory |= set(re.findall(r"/dev/shm/\S+", maps))
+    def _note_shared_memory(self) -> None:
+        """Until the run has ended, what its processes have mapped. In a thread of its own: a
+        process that is busy with its own maps keeps a reader waiting for seconds."""
+        while self.process.poll() is None:
+            for process in self.family():
+                with suppress(OSError):
+                    maps = Path(f"/proc/{process.pid}/maps").read_text()
+                    self.shared_memory = self.shared_memory | set(SHARED.findall(maps))
+            time.sleep(0.5)
 
     def end(self, timeout_s: float = START_S) -> int:
         """Wait for the exit status."""
