@@ -311,8 +311,10 @@ def _words(job: Job) -> list[str]:
 
 def _alone(job: Job, words: Sequence[str]) -> float:
     """Seconds of scoring and learning a batch with nothing beside it, the median of some."""
+    from distrl.learn.allocator import keep_freed_memory
     from distrl.score.model import ModelReward
 
+    keep_freed_memory()  # as the actors do
     learner = _learner(job, words)
     rewards = ModelReward(
         "model", job.folder / "reward-model", learner.tokenizer, batch_tokens=8192
