@@ -7,12 +7,12 @@ Invariant: every prompt taken from the source is in exactly one of four places: 
 from __future__ import annotations
 
 import asyncio
-from asyncio import Lock
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from distrl.driver.admission import Admission
+from distrl.driver.assembly import Assembly
 from distrl.driver.buffer import Landed, OrderedBuffer
 from distrl.driver.errors import DriverError, OutOfStep
 from distrl.driver.fleet import Fleet, GroupLost, Spawn, Worker
@@ -106,9 +106,9 @@ class Roller:
         self.landed_tokens = 0
         self.landed_samples = 0
         self.tickets: dict[int, Ticket] = {}
-        # In lockstep a scorer sees one group at a time: what shares a forward pass with it
-        # would otherwise depend on who finished first, and with it the last bits of the reward.
-        self._turns: defaultdict[int, Lock] = defaultdict(Lock)
+        self._assembly = Assembly(
+            lambda: all(ticket.group is not None for ticket in self.tickets.values())
+        )
 
     async def feed(self) -> None:
         """Admit prompts for ever, as slots and room allow."""
@@ -224,6 +224,7 @@ class Roller:
         self.ledger.dropped(index, reason)
         self.buffer.drop(index, reason)
         self.admission.dropped()
+        self._assembly.look()
 
     async def _roll_out(
         self, ticket: Ticket, first: Worker[Generator] | None
@@ -237,10 +238,16 @@ class Roller:
         self._check_group(ticket.prompt, generated.info)
         ticket.group = generated.info
         self.ledger.generated(generated.info)
+        scorer = None
+        if self.lockstep:
+            place = await self._assembly.join(ticket.prompt.index)
+            if ready := self.scorers.usable():
+                scorer = ready[place % len(ready)]
         scored = await self.scorers.do(
-            lambda role: self._score(role, generated),
+            lambda role: role.score(generated),
             witness=_Scoring(ticket, self.ledger),
             load=sum(generated.info.lengths),
+            first=scorer,
         )
         self.ledger.scored(scored.info)
         return scored
@@ -249,12 +256,6 @@ class Roller:
         """Tokens that a generator will have to compute, if the group is as long as most."""
         mean = self.landed_tokens // self.landed_samples if self.landed_samples else 1
         return self.samples_per_prompt * (len(prompt.token_ids) + mean)
-
-    async def _score(self, role: Scorer, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
-        if not self.lockstep:
-            return await role.score(group)
-        async with self._turns[id(role)]:
-            return await role.score(group)
 
     def _check_group(self, prompt: Prompt, info: GroupInfo) -> None:
         if info.index != prompt.index or len(info.lengths) != self.samples_per_prompt:

@@ -175,7 +175,7 @@ class FakeScorer:
 
     Attributes:
         scored: indices, in the order of their scores.
-        at_once: largest number of calls in flight together.
+        asked: (when, index) of each call.
     """
 
     def __init__(
@@ -189,26 +189,21 @@ class FakeScorer:
     ) -> None:
         self.name = name
         self.scored: list[int] = []
-        self.at_once = 0
+        self.asked: list[tuple[float, int]] = []
         self.restarts = 0
         self._seconds = seconds
         self._restart_seconds = restart_seconds
         self._reward = reward
         self._faults = faults or Faults()
         self._process = Process(name)
-        self._calls = 0
 
     async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
         fault = self._faults.next("work")
         if fault == "die":
             self._process.die()
-        self._calls += 1
-        self.at_once = max(self.at_once, self._calls)
+        self.asked.append((asyncio.get_running_loop().time(), group.info.index))
         seconds = self._seconds()
-        try:
-            await self._process.wait(None if fault == "hang" else seconds)
-        finally:
-            self._calls -= 1
+        await self._process.wait(None if fault == "hang" else seconds)
         if fault is not None:
             raise error_of(fault, self.name)
         self.scored.append(group.info.index)

@@ -10,7 +10,7 @@ from distrl.driver import DriverError, OutOfStep, Start
 from distrl.metrics.names import METRICS
 from distrl.records import StepReport
 from distrl.roles import LearnerFailed
-from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, fixed, log_normal
+from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed, log_normal
 
 
 def wild(name, seed, **options):
@@ -54,13 +54,34 @@ def test_generation_goes_on_while_weights_are_loaded(world):
 
 def test_lockstep_is_one_batch_after_the_other_dealt_round(world):
     generators = [wild("g0", 3), wild("g1", 4)]
-    scorer = FakeScorer("s0", seconds=log_normal(0.1, 1.0, 5))
-    run = world(max_staleness=0, steps=3, generators=generators, scorers=[scorer]).run()
+    run = world(max_staleness=0, steps=3, generators=generators).run()
     assert [group.version for group in run.learner.trained] == [0] * 4 + [1] * 4 + [2] * 4
     assert set(run.ages) == {0}
     assert [g.held for g in generators] == [[2, 2, 2], [2, 2, 2]]
     assert [index for index, _, _ in generators[0].served] == [0, 2, 4, 6, 8, 10]
-    assert scorer.at_once == 1, "what shares a forward pass would depend on who came first"
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_lockstep_scores_what_was_generated_together_whoever_came_first(world, seed):
+    """Else the last bits of a reward would depend on what it shared a forward pass with."""
+    generators = [wild("g0", seed), wild("g1", seed + 1)]
+    scorers = [FakeScorer(f"s{i}", seconds=log_normal(0.1, 1.0, seed + i)) for i in range(2)]
+    world(max_staleness=0, steps=3, generators=generators, scorers=scorers).run()
+    for place, scorer in enumerate(scorers):
+        assert [index for _, index in scorer.asked] == list(range(place, 12, 2))
+    passes = [{when for when, _ in scorer.asked} for scorer in scorers]
+    assert passes[0] == passes[1] and len(passes[0]) == 3
+
+
+def test_lockstep_does_not_wait_for_what_is_given_up(world):
+    """Groups 1 and 2 are lost, and the two that come for them are scored together likewise."""
+    losing = Faults(work={2: "fail", 3: "fail"})
+    generators = [FakeGenerator("g0", seconds=fixed(1.0), faults=losing)]
+    scorer = FakeScorer("s0")
+    run = world(max_staleness=0, steps=1, attempts=1, generators=generators, scorers=[scorer]).run()
+    assert run.trained == [0, 3, 4, 5]
+    passes = [index for _, index in sorted(scorer.asked)]
+    assert passes == [0, 3, 4, 5] and len({when for when, _ in scorer.asked}) == 2
 
 
 def test_lockstep_deals_an_uneven_batch(world):
