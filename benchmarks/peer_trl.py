@@ -305,6 +305,7 @@ def _words(job: Job) -> list[str]:
         "--driver.steps", str(job.steps), "--driver.prompts_per_step", str(workload.batch),
         "--driver.checkpoint_every", str(job.steps), "--driver.max_staleness", "0",
         "--generate.cpus", str(CORES), "--learn.cpus", str(CORES), "--learn.compile",
+        "--score.cpus", str(CORES),
         "--no-metrics.wandb",
     ]  # fmt: skip
 

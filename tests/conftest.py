@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,6 +38,11 @@ os.environ.update(
     DISTRL_TEST_SESSION=SESSION,
     SPT_NOENV="1",
 )
+
+
+# A machine that is busy with something else is no fault of the code.
+settings.register_profile("distrl", deadline=None)
+settings.load_profile("distrl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

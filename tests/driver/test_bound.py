@@ -82,9 +82,7 @@ def check(run):
     assert published == list(range(len(published)))
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_the_promise_holds_on_random_schedules(world, seed):
     check(random_world(world, seed).run())

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distrl.learn.experience import PASS_TOKENS, micro_batches, to_experience
@@ -84,7 +84,6 @@ def test_arrays_out_of_an_object_store_are_taken_without_a_word(make_groups):
         to_experience(RolloutBatch(groups=tuple(groups)))
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
     budget=st.integers(50, 400),
