@@ -67,14 +67,19 @@ async def test_a_group_is_n_different_samples_that_end_as_they_say(engine, polic
 async def test_requests_under_way_go_on_under_new_weights(engine, policies):
     """Each token has the log-probability of the version that it is stamped with, given the
     whole prefix: so the cache of the tokens before was computed anew."""
-    await engine.load_weights(policies.publish(1))
-    rolling = [asyncio.create_task(engine.generate(policies.prompt(i))) for i in range(16)]
-    for version in (2, 3, 4):
-        await engine.load_weights(policies.publish(version))
-    rollouts = [(await task).payload for task in rolling]
-    mixed = [s for r in rollouts for s in r.samples if len(s.spans) > 1]
+    rollouts, mixed = [], []
+    for pause_s in (0.01, 0.03, 0.1, 0.3):  # how long they are under way, engines know best
+        await engine.load_weights(policies.publish(1))
+        rolling = [asyncio.create_task(engine.generate(policies.prompt(i))) for i in range(16)]
+        for version in (2, 3, 4):
+            await asyncio.sleep(pause_s)
+            await engine.load_weights(policies.publish(version))
+        rollouts += [(await task).payload for task in rolling]
+        mixed = [s for r in rollouts for s in r.samples if len(s.spans) > 1]
+        if len(mixed) >= 8:
+            break
     gap = max(policies.gap(rollout) for rollout in rollouts)
-    print(f"{len(mixed)} of 64 samples are of two versions or more; largest gap {gap:.2g} nats")
+    print(f"{len(mixed)} samples are of two versions or more; largest gap {gap:.2g} nats")
     assert len(mixed) >= 8
     assert gap < TOLERANCE
     assert all(list(s.versions()) == sorted(s.versions()) for r in rollouts for s in r.samples)
