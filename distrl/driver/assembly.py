@@ -30,7 +30,7 @@ class Assembly:
 
     def look(self) -> None:
         """Let all go on, if nobody is missing. To be called when one has come, or never will."""
-        if self._complete():
+        if self._waiting and self._complete():
             ready = [w for _, w in sorted(self._waiting.items()) if not w.done()]
             for place, waiting in enumerate(ready):
                 waiting.set_result(place)

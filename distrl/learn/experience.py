@@ -110,7 +110,8 @@ def micro_batches(
     """Cut the sequences at `index`, in the order of their lengths, into parts of at most `budget`
     tokens, pads included where there will be any; a sequence beyond it goes alone.
 
-    Of all such cuts it is the cheapest, where a part costs its tokens and PASS_TOKENS.
+    Padded, it is the cheapest of all such cuts, where a part costs its tokens and PASS_TOKENS;
+    without pads the parts are few and even.
     """
     by_length = index[torch.argsort(lengths_B[index], stable=True)]
     lengths = lengths_B[by_length].cpu().numpy()
@@ -120,7 +121,7 @@ def micro_batches(
 
 
 def _fewest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Where each part ends if none is padded: in as few as can be, of about as many tokens."""
+    """Where each part ends if none is padded: few, and of about as many tokens."""
     total = int(lengths.sum())
     share = total / max(1, -(-total // budget))
     ends: list[int] = []

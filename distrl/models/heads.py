@@ -97,8 +97,8 @@ class ScalarModel(nn.Module):
         """
         if int(lengths_B.min()) < 1:
             raise ValueError("a sequence without tokens has no reward")
-        place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        return self(ids_BT, lengths_B, place_T == lengths_B.unsqueeze(1) - 1)
+        values_BT = self.values(ids_BT, lengths_B)
+        return values_BT.gather(1, (lengths_B.long() - 1).unsqueeze(1)).squeeze(1)
 
     def normalise(self, gain: float, bias: float) -> None:
         """From now on answer gain · raw + bias, raw being the head's own output."""

@@ -130,7 +130,9 @@ def _attention(
     return _Collect.apply(out.transpose(1, 2), packing)[None], None
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: Any) -> Tensor:
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -60,8 +60,7 @@ def test_padding_never_changes_a_reward_or_a_value(model, pad):
 def test_the_reward_is_the_value_at_the_last_token(model):
     ids_BT, lengths_B = padded([torch.randint(0, 259, (n,)) for n in (5, 8)], 0)
     values_BT = model.values(ids_BT, lengths_B)
-    last_B = values_BT[[0, 1], lengths_B - 1]
-    torch.testing.assert_close(model.reward(ids_BT, lengths_B), last_B, atol=1e-6, rtol=0)
+    assert torch.equal(model.reward(ids_BT, lengths_B), values_BT[[0, 1], lengths_B - 1])
     with pytest.raises(ValueError, match="without tokens"):
         model.reward(ids_BT, torch.tensor([0, 3]))
 
