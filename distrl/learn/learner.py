@@ -28,6 +28,7 @@ from distrl.learn.experience import Experience, to_experience
 from distrl.learn.leash import leash, resume_leash
 from distrl.learn.measure import by_age, measure, part_means
 from distrl.learn.networks import Networks
+from distrl.learn.opening import Opening, read_opening
 from distrl.learn.optimizer import optimizer_for
 from distrl.learn.prepare import Prepared, prepare
 from distrl.learn.pretrain import Examples
@@ -129,6 +130,7 @@ class PolicyLearner:
     def learn_from(self, experience: Experience, oldest: int = 0) -> StepReport:
         """One learner step on a batch of tensors; recorded where the spec says so."""
         batch = experience.to(self.device)
+        opening = self._open(batch)
         prepared = prepare(
             batch,
             self.networks,
@@ -137,13 +139,14 @@ class PolicyLearner:
             kl_coef=self.kl.coef,
             version=self.version,
             oldest=oldest,
+            opening=opening,
             ranks=self.ranks,
         )
         metrics = measure(batch, prepared, self.config, version=self.version)
         metrics |= by_age(batch, prepared, self.version, self.config.objective.clip_high)
         metrics["kl/coef"] = self.kl.coef
         metrics["learn/lr"] = self._rate(self.config.lr)
-        steps = self._optimise(batch, prepared)
+        steps = self._optimise(batch, prepared, opening)
         self.step += 1
         skipped = not steps
         if not skipped:
@@ -179,7 +182,26 @@ class PolicyLearner:
                 self.penalty.update(reports[-1].approx_kl)
         return metrics
 
-    def _optimise(self, batch: Experience, prepared: Prepared) -> list[_Step]:
+    def _open(self, batch: Experience) -> Opening | None:
+        """The first minibatch's passes, where it is one pass, its policy learns and its way back
+        is this process's own affair."""
+        if self.ranks.mesh is not None or not self._policy_learns:
+            return None
+        return read_opening(
+            batch,
+            next(minibatches(len(batch), self.config, (self.spec.seed, self.step))),
+            self.networks,
+            self.spec.temperature,
+            self.config.micro_tokens,
+        )
+
+    @property
+    def _policy_learns(self) -> bool:
+        return self.step >= self.config.value.warmup_steps
+
+    def _optimise(
+        self, batch: Experience, prepared: Prepared, opening: Opening | None
+    ) -> list[_Step]:
         """The optimizer steps of a batch; none after the first that is not finite, or (where
         `target_kl` is set) that would set out from too far away."""
         steps: list[_Step] = []
@@ -187,10 +209,11 @@ class PolicyLearner:
         prices = Prices(
             kl=self.kl.coef if self.config.kl.place == "loss" else 0.0,
             penalty=self.penalty.coef,
-            policy_learns=self.step >= self.config.value.warmup_steps,
+            policy_learns=self._policy_learns,
         )
         for index in minibatches(len(batch), self.config, (self.spec.seed, self.step)):
-            report = self.update.backward(batch, prepared, index, prices)
+            report = self.update.backward(batch, prepared, index, prices, opening)
+            opening = None  # of the weights before this step
             if steps and report.approx_kl > far:
                 self._forget_gradients()
                 break

@@ -3,7 +3,8 @@
 Order of operations (Ouyang et al. 2022, appendix C; Ziegler et al. 2019):
 
 1. proximal log-probabilities (the learner's before the step), reference log-probabilities, values,
-   each in one pass without gradient, and none that nobody asks for;
+   each in one pass without gradient, and none that nobody asks for or that the first minibatch
+   has made already (`opening.py`);
 2. rewards: the score on the last token, and -beta * (log pi - log pi_ref) on each one where the
    leash is part of the reward;
 3. advantages, and returns where there is a critic (`advantages.py`);
@@ -28,6 +29,7 @@ from distrl.learn.advantages import Advantages, Outcome, estimate
 from distrl.learn.experience import Experience
 from distrl.learn.forward import response_logprobs, response_states, response_values
 from distrl.learn.networks import Networks
+from distrl.learn.opening import Opening
 from distrl.learn.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -78,13 +80,14 @@ def prepare(
     kl_coef: float,
     version: int = 0,
     oldest: int = 0,
+    opening: Opening | None = None,
     ranks: Ranks = ALONE,
 ) -> Prepared:
     """Steps 1 to 4, for a learner at `version`. Tokens of versions before `oldest` take part in all
-    of them, and are only left out of the gradient."""
+    of them, and are only left out of the gradient. What `opening` has is not computed again."""
     mask = batch.mask_BT
     passes = _Passes(batch, networks, config, temperature, ranks)
-    passes.run(version)
+    passes.run(version, opening)
     priced = kl_coef if config.kl.place == "reward" else 0.0
     rewards = shape_rewards(batch.scores_B, passes.proximal, passes.reference, mask, priced)
     found = _advantages(rewards, passes.values, batch, config)
@@ -145,14 +148,20 @@ class _Passes:
         )
         self.computed = batch.mask_BT.clone()
 
-    def run(self, version: int) -> None:
-        everything = torch.arange(len(self.batch))
-        trusted = self._trusted(version) if self.config.trust_engine_logprobs else None
-        if trusted is None:
-            self._read(everything, with_policy=True)
+    def run(self, version: int, opening: Opening | None) -> None:
+        rest = torch.ones(len(self.batch), dtype=torch.bool)
+        if opening is not None:
+            rest[opening.rows] = False
+            self._take(opening)
+        if not self.config.trust_engine_logprobs:
+            self._read(rest)
             return
-        self._read(everything[~trusted], with_policy=True)
-        self._read(everything[trusted], with_policy=False)
+        trusted = self._trusted(version)
+        if opening is None:
+            trusted[::CHECKED] = False
+        trusted &= rest
+        self._read(rest & ~trusted)
+        self._read(trusted, policy=False)
         self.computed[trusted] = False
         fresh = self.computed & (self.batch.versions_BT == version)
         gap = (self.proximal - self.batch.behaviour_BT)[fresh].abs()
@@ -163,21 +172,35 @@ class _Passes:
                 gap.mean().item(),
             )
             self.computed[trusted] = self.batch.mask_BT[trusted]
-            self._read(everything[trusted], with_policy=True, with_others=False)
+            self._read(trusted, reference=False, values=False)
         else:
             self.proximal[trusted] = self.batch.behaviour_BT[trusted] * self.batch.mask_BT[trusted]
 
-    def _trusted(self, version: int) -> Tensor:
-        """[B]: sequences of the learner's own version, but for every sixteenth."""
-        fresh = (self.batch.versions_BT == version) | ~self.batch.mask_BT
-        chosen = fresh.all(1)
-        chosen[::CHECKED] = False
-        return chosen.cpu()
+    def _take(self, opening: Opening) -> None:
+        """What the first minibatch's passes found; the reference has not read it yet."""
+        width = opening.logprobs.shape[1]
+        self.proximal[opening.rows, :width] = opening.logprobs.detach()
+        self.entropy[opening.rows, :width] = opening.entropy.detach()
+        if opening.values is not None:
+            self.values[opening.rows, :width] = opening.values.detach()
+        mine = torch.zeros(len(self.batch), dtype=torch.bool)
+        mine[opening.rows] = True
+        self._read(mine, policy=False, values=False)
 
-    def _read(self, index: Tensor, *, with_policy: bool, with_others: bool = True) -> None:
-        """The networks on the sequences at `index`, shared out among the ranks. A critic on the
-        policy's body needs the policy's pass in any case."""
-        if not len(index):
+    def _trusted(self, version: int) -> Tensor:
+        """[B]: sequences of the learner's own version."""
+        fresh = (self.batch.versions_BT == version) | ~self.batch.mask_BT
+        return fresh.all(1).cpu()
+
+    def _read(
+        self, wanted_B: Tensor, *, policy: bool = True, reference: bool = True, values: bool = True
+    ) -> None:
+        """Each of these networks, as far as it is there, on the sequences that are wanted, shared
+        out among the ranks. A critic on the policy's body needs the policy's pass in any case."""
+        index = wanted_B.nonzero().squeeze(1)
+        reference = reference and self.config.kl.used
+        values = values and self.networks.critic is not None
+        if not (len(index) and (policy or reference or values)):
             return
         kept = (self.proximal, self.entropy, self.reference, self.values)
         found = [torch.zeros_like(tensor) for tensor in kept]
@@ -186,32 +209,30 @@ class _Passes:
         for part, counts in self.ranks.parts(lengths, index, budget, padded=padded):
             rows = self.batch.rows(part)
             width = rows.tokens_BT.shape[1]
-            read = self._read_rows(rows, with_policy=with_policy, with_others=with_others)
-            for tensor, values in zip(found, read, strict=True):
-                if counts and values is not None:
-                    tensor[part, :width] = values
+            read = self._read_rows(rows, policy=policy, reference=reference, values=values)
+            for tensor, numbers in zip(found, read, strict=True):
+                if counts and numbers is not None:
+                    tensor[part, :width] = numbers
         self.ranks.add(*found)
-        for tensor, values in zip(kept, found, strict=True):
-            tensor += values
+        for tensor, numbers in zip(kept, found, strict=True):
+            tensor += numbers
 
     def _read_rows(
-        self, rows: Experience, *, with_policy: bool, with_others: bool
+        self, rows: Experience, *, policy: bool, reference: bool, values: bool
     ) -> tuple[Tensor | None, ...]:
         """Proximal log-probabilities, entropy, reference log-probabilities, values."""
         networks = self.networks
-        shared = networks.shared and with_others
-        proximal = entropy = reference = values = states = None
-        if with_policy:
+        shared = networks.shared and values
+        proximal = entropy = told = numbers = states = None
+        if policy:
             proximal, entropy, states = response_logprobs(
                 networks.policy, rows, self.temperature, with_entropy=True
             )
         elif shared:
             states = response_states(networks.policy, rows)
-        if self.config.kl.used and with_others:
-            with networks.as_reference() as policy:
-                reference, _, _ = response_logprobs(
-                    policy, rows, self.temperature, with_entropy=False
-                )
-        if networks.critic is not None and with_others:
-            values = response_values(networks.critic, rows, states if shared else None)
-        return proximal, entropy, reference, values
+        if reference:
+            with networks.as_reference() as other:
+                told, _, _ = response_logprobs(other, rows, self.temperature, with_entropy=False)
+        if networks.critic is not None and values:
+            numbers = response_values(networks.critic, rows, states if shared else None)
+        return proximal, entropy, told, numbers

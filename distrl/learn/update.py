@@ -27,6 +27,7 @@ from distrl.learn.forward import (
 )
 from distrl.learn.networks import Networks
 from distrl.learn.objectives import Tokens, objective
+from distrl.learn.opening import Opening
 from distrl.learn.prepare import Prepared
 from distrl.learn.ranks import ALONE, Ranks
 
@@ -88,9 +89,14 @@ class Update:
     ranks: Ranks = ALONE
 
     def backward(
-        self, batch: Experience, prepared: Prepared, index: Tensor, prices: Prices
+        self,
+        batch: Experience,
+        prepared: Prepared,
+        index: Tensor,
+        prices: Prices,
+        opening: Opening | None = None,
     ) -> MinibatchReport:
-        """Add the gradients of one minibatch's loss."""
+        """Add the gradients of one minibatch's loss. opening: its passes, where they were made."""
         kept = prepared.kept[index]
         how = self.config.objective.aggregate
         shares = torch.zeros_like(prepared.weights)
@@ -99,7 +105,8 @@ class Update:
         means[index] = token_shares(kept)
         sums = shares.new_zeros(len(fields(MinibatchReport)))
         budget, padded = self.config.micro_tokens, not self.networks.packed
-        for part, counts in self.ranks.parts(batch.lengths_B, index, budget, padded=padded):
+        parts = self.ranks.parts(batch.lengths_B, index, budget, padded=padded)
+        for part, counts in parts if opening is None else [(opening.rows, True)]:
             rows = batch.rows(part)
             width = rows.tokens_BT.shape[1]
             micro = _Micro(
@@ -107,6 +114,7 @@ class Update:
                 prepared.rows(part, width),
                 shares[part, :width] * counts,
                 means[part, :width] * counts,
+                opening,
             )
             sums += self._backward(micro, prices)
             sums[-1] += (rows.ids_BL.numel() if padded else rows.lengths_B.sum()) * counts
@@ -139,13 +147,16 @@ class Update:
 
     def _policy_loss(self, micro: _Micro, prices: Prices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, share of clipped tokens, KL(old || new), and the policy's states."""
-        config, known = self.config.objective, micro.known
-        logprobs, entropy, states = response_logprobs(
-            self.networks.policy,
-            micro.rows,
-            self.temperature,
-            with_entropy=config.entropy_bonus > 0,
-        )
+        config, known, made = self.config.objective, micro.known, micro.opening
+        if made is not None:
+            logprobs, entropy, states = made.logprobs, made.entropy, made.states
+        else:
+            logprobs, entropy, states = response_logprobs(
+                self.networks.policy,
+                micro.rows,
+                self.temperature,
+                with_entropy=config.entropy_bonus > 0,
+            )
         tokens = Tokens(
             logprobs=logprobs,
             old=known.old,
@@ -168,9 +179,11 @@ class Update:
 
     def _value_loss(self, micro: _Micro, states: Tensor | None) -> tuple[Tensor, Tensor]:
         """The critic's loss and its share of clipped tokens, both as token means."""
-        critic, known = self.networks.critic, micro.known
+        critic, known, made = self.networks.critic, micro.known, micro.opening
         assert critic is not None
-        values = response_values(critic, micro.rows, states)
+        values = None if made is None else made.values
+        if values is None:
+            values = response_values(critic, micro.rows, states)
         found = value_loss(values, known.values, known.returns, known.kept, self.config.value.clip)
         share = micro.means.sum()
         return found.loss * share, found.clip_fraction * share
@@ -179,12 +192,13 @@ class Update:
 @dataclass(frozen=True, slots=True)
 class _Micro:
     """A microbatch: sequences, what is known of them, and the share of each of their tokens in the
-    policy's loss and in a token mean."""
+    policy's loss and in a token mean; its passes, where they were made already."""
 
     rows: Experience
     known: Prepared
     shares: Tensor
     means: Tensor
+    opening: Opening | None = None
 
 
 def pretrain_backward(

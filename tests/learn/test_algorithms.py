@@ -216,13 +216,23 @@ def count_passes(learner, monkeypatch):
     return read
 
 
-def test_trusted_logprobs_save_the_pass_and_are_checked(new_learner, make_groups, monkeypatch):
+@pytest.mark.parametrize(
+    ("micro_tokens", "wanted"),
+    [
+        pytest.param(2048, 32, id="the first minibatch is the sample, and read once"),
+        pytest.param(64, 2 + 32, id="every sixteenth of 32 is computed, then all learn"),
+    ],
+)
+def test_trusted_logprobs_save_the_pass_and_are_checked(
+    new_learner, make_groups, monkeypatch, micro_tokens, wanted
+):
     groups = make_groups(seed=1, groups=8, samples=4)
-    plain, trusting = new_learner(), new_learner(trust_engine_logprobs=True)
+    plain = new_learner(micro_tokens=micro_tokens)
+    trusting = new_learner(micro_tokens=micro_tokens, trust_engine_logprobs=True)
     batch = fresh(plain, groups)
     read = count_passes(trusting, monkeypatch)
     theirs, mine = plain.learn_from(batch).metrics, trusting.learn_from(batch).metrics
-    assert sum(read) == 2 + 32, "every sixteenth of 32 is computed, then all learn"
+    assert sum(read) == wanted
     for name in ("loss/policy", "kl/ref", "grad/norm", "value/loss"):
         assert mine[name] == pytest.approx(theirs[name], abs=1e-5), name
     assert mine["mismatch/lag0_abs_mean"] < 1e-6 and mine["offpolicy/tokens/lag0"] > 0

@@ -1,0 +1,55 @@
+"""The first minibatch's passes, made before anything else of a step and kept for its way back.
+
+Its weights are those that the step begins with, so the log-probabilities and values that `prepare`
+wants of these sequences are the very numbers that the first gradient sets out from: one pass of
+policy and critic serves both. Of E epochs of M minibatches that is one pass of M + E * M; where
+there is one epoch of one minibatch, `prepare` has nothing left to compute but the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distrl.learn.experience import Experience, micro_batches
+from distrl.learn.forward import response_logprobs, response_values
+from distrl.learn.networks import Networks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Passes over the sequences `rows`, in that order, in the graph of the weights as they are.
+
+    Attributes:
+        logprobs, entropy: [b, t], nats, 0 on padding; t is the longest response among them.
+        states: [N, D], of the N response tokens.
+        values: [b, t]; None where there is no critic.
+    """
+
+    rows: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    states: Tensor
+    values: Tensor | None
+
+
+@torch.enable_grad()
+def read_opening(
+    batch: Experience, index: Tensor, networks: Networks, temperature: float, micro_tokens: int
+) -> Opening | None:
+    """The passes over the minibatch `index`; None where it takes more than one of `micro_tokens`:
+    what a way back needs is held for one pass at a time."""
+    padded = not networks.packed
+    parts = list(micro_batches(batch.lengths_B, index, micro_tokens, padded=padded))
+    if len(parts) > 1:
+        return None
+    rows = batch.rows(parts[0])
+    logprobs, entropy, states = response_logprobs(
+        networks.policy, rows, temperature, with_entropy=True
+    )
+    values = None
+    if networks.critic is not None:
+        values = response_values(networks.critic, rows, states if networks.shared else None)
+    return Opening(rows=parts[0], logprobs=logprobs, entropy=entropy, states=states, values=values)
