@@ -318,8 +318,9 @@ def _alone(job: Job, words: Sequence[str]) -> float:
     keep_freed_memory()  # as the actors do
     learner = _learner(job, words)
     rewards = ModelReward(
-        "model", job.folder / "reward-model", learner.tokenizer, batch_tokens=8192
-    )
+        "model", job.folder / "reward-model", learner.tokenizer, batch_tokens=8192,
+        crew=learner.ranks.crew,
+    )  # fmt: skip
     times = []
     for seed in range(ALONE + 1):
         batch = _experience(job, learner, seed)

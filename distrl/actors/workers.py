@@ -146,13 +146,11 @@ class ScorerActor:
     ) -> None:
         _begin(log_path, cores)
         from distrl.data.tokenizer import load_tokenizer
+        from distrl.models.crew import ALONE, Crew
         from distrl.score.scorer import LocalScorer
 
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
-        self.scorer = LocalScorer(config, load_tokenizer(policy), name)
+        crew = ALONE if threads is None else Crew.of_cores(threads)
+        self.scorer = LocalScorer(config, load_tokenizer(policy), name, crew=crew)
         self.desk = Desk()
 
     async def node(self) -> str:

@@ -37,6 +37,7 @@ from distrl.learn.record import SMALL, Recorder
 from distrl.learn.spec import LearnerSpec
 from distrl.learn.state import load_module, load_optimizer, save_module, save_optimizer
 from distrl.learn.update import MinibatchReport, Prices, Update, minibatches, pretrain_backward
+from distrl.models.crew import Crew
 from distrl.models.heads import ScalarModel
 from distrl.models.load import best_device, save_policy
 from distrl.records import Float32s, Int32s, RolloutBatch, ScoredRollout, StepReport, Weights
@@ -54,11 +55,9 @@ class PolicyLearner:
     time."""
 
     def __init__(self, spec: LearnerSpec) -> None:
-        if spec.threads is not None:
-            torch.set_num_threads(spec.threads)
         self.spec, self.config = spec, spec.config
         self.device = best_device() if spec.config.gpus else torch.device("cpu")
-        self.ranks = ALONE if spec.place is None else Ranks.join(spec.place, self.device)
+        self.ranks = _ranks(spec, self.device)
         self.tokenizer = load_tokenizer(spec.policy)
         self.networks = Networks.load(
             spec.policy,
@@ -182,17 +181,18 @@ class PolicyLearner:
                 self.penalty.update(reports[-1].approx_kl)
         return metrics
 
-    def _open(self, batch: Experience) -> Opening | None:
-        """The first minibatch's passes, where it is one pass, its policy learns and its way back
-        is this process's own affair."""
+    def _open(self, batch: Experience) -> list[Opening]:
+        """The first minibatch's passes, where its policy learns and its way back is this process's
+        own affair."""
         if self.ranks.mesh is not None or not self._policy_learns:
-            return None
+            return []
         return read_opening(
             batch,
             next(minibatches(len(batch), self.config, (self.spec.seed, self.step))),
             self.networks,
             self.spec.temperature,
             self.config.micro_tokens,
+            self.ranks,
         )
 
     @property
@@ -200,7 +200,7 @@ class PolicyLearner:
         return self.step >= self.config.value.warmup_steps
 
     def _optimise(
-        self, batch: Experience, prepared: Prepared, opening: Opening | None
+        self, batch: Experience, prepared: Prepared, opening: list[Opening]
     ) -> list[_Step]:
         """The optimizer steps of a batch; none after the first that is not finite, or (where
         `target_kl` is set) that would set out from too far away."""
@@ -213,7 +213,7 @@ class PolicyLearner:
         )
         for index in minibatches(len(batch), self.config, (self.spec.seed, self.step)):
             report = self.update.backward(batch, prepared, index, prices, opening)
-            opening = None  # of the weights before this step
+            opening = []  # of the weights before this step
             if steps and report.approx_kl > far:
                 self._forget_gradients()
                 break
@@ -245,21 +245,27 @@ class PolicyLearner:
         Nothing is applied where a loss or a norm is not finite, and NaN comes back.
         """
         clip = self.config.grad_clip
-        norms = [
-            whole(nn.utils.clip_grad_norm_(part.parameters(), clip)).item()
-            for part in self.networks.trained
-        ]
+        crew = self.ranks.crew
+        norms = crew.run(
+            lambda part: whole(nn.utils.clip_grad_norm_(part.parameters(), clip)).item(),
+            self.networks.trained,
+        )
         losses = report.policy_loss + report.value_loss + pretrain_loss
         finite = math.isfinite(losses) and all(map(math.isfinite, norms))
         if finite:
             rates = (self.config.lr if policy_learns else None, self.config.critic_lr)
-            for optimizer, peak in zip(self.optimizers, rates, strict=False):
-                if peak is not None:
-                    for group in optimizer.param_groups:
-                        group["lr"] = self._rate(peak)
-                    optimizer.step()
+            due = zip(self.optimizers, rates, strict=False)
+            crew.run(
+                self._descend, [(optimizer, peak) for optimizer, peak in due if peak is not None]
+            )
         self._forget_gradients()
         return norms[0] if finite else math.nan
+
+    def _descend(self, step: tuple[torch.optim.Optimizer, float]) -> None:
+        optimizer, peak = step
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate(peak)
+        optimizer.step()
 
     def _forget_gradients(self) -> None:
         for optimizer in self.optimizers:
@@ -358,11 +364,21 @@ class PolicyLearner:
 
     def close(self) -> None:
         self.publisher.close()
+        self.ranks.crew.close()
         self.ranks.leave()
 
     def _parts(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
         """What learns, under the name that its files have."""
         yield from zip(("policy", "critic"), self.networks.trained, self.optimizers, strict=False)
+
+
+def _ranks(spec: LearnerSpec, device: torch.device) -> Ranks:
+    """Who shares the work: other processes, or threads of this one."""
+    if spec.place is None:
+        return ALONE if spec.threads is None else Ranks(crew=Crew.of_cores(spec.threads))
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    return Ranks.join(spec.place, device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrl.learn.experience import Experience, micro_batches
+from distrl.learn.experience import Experience
 from distrl.learn.forward import response_logprobs, response_values
 from distrl.learn.networks import Networks
+from distrl.learn.ranks import Load, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """Passes over the sequences `rows`, in that order, in the graph of the weights as they are.
+    """A pass over the sequences `rows`, in that order, in the graph of the weights as they are.
 
     Attributes:
         logprobs, entropy: [b, t], nats, 0 on padding; t is the longest response among them.
@@ -37,19 +38,30 @@ class Opening:
 
 @torch.enable_grad()
 def read_opening(
-    batch: Experience, index: Tensor, networks: Networks, temperature: float, micro_tokens: int
-) -> Opening | None:
-    """The passes over the minibatch `index`; None where it takes more than one of `micro_tokens`:
-    what a way back needs is held for one pass at a time."""
+    batch: Experience,
+    index: Tensor,
+    networks: Networks,
+    temperature: float,
+    micro_tokens: int,
+    ranks: Ranks,
+) -> list[Opening]:
+    """The passes over the minibatch `index`, one of each thread; none where it takes more: what a
+    way back needs is held for one pass at a time."""
     padded = not networks.packed
-    parts = list(micro_batches(batch.lengths_B, index, micro_tokens, padded=padded))
-    if len(parts) > 1:
-        return None
-    rows = batch.rows(parts[0])
-    logprobs, entropy, states = response_logprobs(
-        networks.policy, rows, temperature, with_entropy=True
-    )
-    values = None
-    if networks.critic is not None:
-        values = response_values(networks.critic, rows, states if networks.shared else None)
-    return Opening(rows=parts[0], logprobs=logprobs, entropy=entropy, states=states, values=values)
+    loads = ranks.loads(batch.lengths_B, index, micro_tokens, padded=padded)
+    if any(len(load) > 1 for load in loads):
+        return []
+
+    def read(load: Load) -> Opening:
+        rows = batch.rows(load[0][0])
+        logprobs, entropy, states = response_logprobs(
+            networks.policy, rows, temperature, with_entropy=True
+        )
+        values = None
+        if networks.critic is not None:
+            values = response_values(networks.critic, rows, states if networks.shared else None)
+        return Opening(
+            rows=load[0][0], logprobs=logprobs, entropy=entropy, states=states, values=values
+        )
+
+    return ranks.crew.run(read, loads)

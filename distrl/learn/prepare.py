@@ -18,7 +18,9 @@ must be 1 at the start.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,10 +29,15 @@ from distrl.algo import importance_weights, shape_rewards
 from distrl.config import LearnConfig
 from distrl.learn.advantages import Advantages, Outcome, estimate
 from distrl.learn.experience import Experience
-from distrl.learn.forward import response_logprobs, response_states, response_values
+from distrl.learn.forward import (
+    PolicyModel,
+    response_logprobs,
+    response_states,
+    response_values,
+)
 from distrl.learn.networks import Networks
 from distrl.learn.opening import Opening
-from distrl.learn.ranks import ALONE, Ranks
+from distrl.learn.ranks import ALONE, Load, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +46,10 @@ CHECKED = 16
 
 TOLERANCE = 1e-3
 """Largest mean gap (nats) to the engine's log-probabilities at which they are trusted."""
+
+
+Found = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Proximal log-probabilities, entropy, reference log-probabilities, values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +91,11 @@ def prepare(
     kl_coef: float,
     version: int = 0,
     oldest: int = 0,
-    opening: Opening | None = None,
+    opening: Sequence[Opening] = (),
     ranks: Ranks = ALONE,
 ) -> Prepared:
     """Steps 1 to 4, for a learner at `version`. Tokens of versions before `oldest` take part in all
-    of them, and are only left out of the gradient. What `opening` has is not computed again."""
+    of them, and are only left out of the gradient. What is in `opening` is not computed again."""
     mask = batch.mask_BT
     passes = _Passes(batch, networks, config, temperature, ranks)
     passes.run(version, opening)
@@ -148,16 +159,18 @@ class _Passes:
         )
         self.computed = batch.mask_BT.clone()
 
-    def run(self, version: int, opening: Opening | None) -> None:
+    def run(self, version: int, opening: Sequence[Opening]) -> None:
         rest = torch.ones(len(self.batch), dtype=torch.bool)
-        if opening is not None:
-            rest[opening.rows] = False
-            self._take(opening)
+        for made in opening:
+            rest[made.rows] = False
+            self._take(made)
+        if opening:
+            self._read(~rest, policy=False, values=False)
         if not self.config.trust_engine_logprobs:
             self._read(rest)
             return
         trusted = self._trusted(version)
-        if opening is None:
+        if not opening:
             trusted[::CHECKED] = False
         trusted &= rest
         self._read(rest & ~trusted)
@@ -176,16 +189,13 @@ class _Passes:
         else:
             self.proximal[trusted] = self.batch.behaviour_BT[trusted] * self.batch.mask_BT[trusted]
 
-    def _take(self, opening: Opening) -> None:
-        """What the first minibatch's passes found; the reference has not read it yet."""
-        width = opening.logprobs.shape[1]
-        self.proximal[opening.rows, :width] = opening.logprobs.detach()
-        self.entropy[opening.rows, :width] = opening.entropy.detach()
-        if opening.values is not None:
-            self.values[opening.rows, :width] = opening.values.detach()
-        mine = torch.zeros(len(self.batch), dtype=torch.bool)
-        mine[opening.rows] = True
-        self._read(mine, policy=False, values=False)
+    def _take(self, made: Opening) -> None:
+        """What a pass of the first minibatch found; the reference has not read it yet."""
+        width = made.logprobs.shape[1]
+        self.proximal[made.rows, :width] = made.logprobs.detach()
+        self.entropy[made.rows, :width] = made.entropy.detach()
+        if made.values is not None:
+            self.values[made.rows, :width] = made.values.detach()
 
     def _trusted(self, version: int) -> Tensor:
         """[B]: sequences of the learner's own version."""
@@ -196,43 +206,54 @@ class _Passes:
         self, wanted_B: Tensor, *, policy: bool = True, reference: bool = True, values: bool = True
     ) -> None:
         """Each of these networks, as far as it is there, on the sequences that are wanted, shared
-        out among the ranks. A critic on the policy's body needs the policy's pass in any case."""
+        out among ranks and threads. A critic on the policy's body needs the policy's pass in any
+        case. The reference may be the policy without its adapter, so it has the weights to itself.
+        """
         index = wanted_B.nonzero().squeeze(1)
-        reference = reference and self.config.kl.used
         values = values and self.networks.critic is not None
-        if not (len(index) and (policy or reference or values)):
+        if not len(index):
             return
+        if policy or values:
+            self._share_out(index, partial(self._own, policy=policy, values=values))
+        if reference and self.config.kl.used:
+            with self.networks.as_reference() as other:
+                self._share_out(index, partial(self._told, other))
+
+    def _share_out(self, index: Tensor, read: Callable[[Experience], Found]) -> None:
+        """Add what `read` finds of the sequences at `index`."""
         kept = (self.proximal, self.entropy, self.reference, self.values)
         found = [torch.zeros_like(tensor) for tensor in kept]
-        lengths, budget = self.batch.lengths_B, self.config.micro_tokens
         padded = not self.networks.packed
-        for part, counts in self.ranks.parts(lengths, index, budget, padded=padded):
-            rows = self.batch.rows(part)
-            width = rows.tokens_BT.shape[1]
-            read = self._read_rows(rows, policy=policy, reference=reference, values=values)
-            for tensor, numbers in zip(found, read, strict=True):
-                if counts and numbers is not None:
-                    tensor[part, :width] = numbers
+
+        def work(load: Load) -> None:
+            for part, counts in load:
+                rows = self.batch.rows(part)
+                width = rows.tokens_BT.shape[1]
+                for tensor, numbers in zip(found, read(rows), strict=True):
+                    if counts and numbers is not None:
+                        tensor[part, :width] = numbers
+
+        budget = self.config.micro_tokens
+        loads = self.ranks.loads(self.batch.lengths_B, index, budget, padded=padded)
+        self.ranks.crew.run(work, loads)
         self.ranks.add(*found)
         for tensor, numbers in zip(kept, found, strict=True):
             tensor += numbers
 
-    def _read_rows(
-        self, rows: Experience, *, policy: bool, reference: bool, values: bool
-    ) -> tuple[Tensor | None, ...]:
-        """Proximal log-probabilities, entropy, reference log-probabilities, values."""
+    def _own(self, rows: Experience, *, policy: bool, values: bool) -> Found:
         networks = self.networks
         shared = networks.shared and values
-        proximal = entropy = told = numbers = states = None
+        proximal = entropy = numbers = states = None
         if policy:
             proximal, entropy, states = response_logprobs(
                 networks.policy, rows, self.temperature, with_entropy=True
             )
         elif shared:
             states = response_states(networks.policy, rows)
-        if reference:
-            with networks.as_reference() as other:
-                told, _, _ = response_logprobs(other, rows, self.temperature, with_entropy=False)
         if networks.critic is not None and values:
             numbers = response_values(networks.critic, rows, states if shared else None)
-        return proximal, entropy, told, numbers
+        return proximal, entropy, None, numbers
+
+    def _told(self, reference: PolicyModel, rows: Experience) -> Found:
+        logprobs, _, _ = response_logprobs(reference, rows, self.temperature, with_entropy=False)
+        return None, None, logprobs, None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,15 +20,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distrl.learn.experience import micro_batches
 from distrl.learn.spec import Place
+from distrl.models.crew import ALONE as ONE_THREAD
+from distrl.models.crew import Crew
+
+Load = list[tuple[Tensor, bool]]
+"""One thread's microbatches, and whether they count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those of the learner; alone by default, when nothing is communicated."""
+    """This process among those of the learner; alone by default, when nothing is communicated.
+    Its `crew` shares the passes of one that is alone."""
 
     rank: int = 0
     world: int = 1
     mesh: DeviceMesh | None = None
+    crew: Crew = ONE_THREAD
 
     @classmethod
     def join(cls, place: Place, device: torch.device) -> Ranks:
@@ -62,21 +68,25 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def parts(
+    def loads(
         self, lengths_B: Tensor, index: Tensor, budget: int, *, padded: bool = True
-    ) -> Iterator[tuple[Tensor, bool]]:
-        """This rank's microbatches of the sequences at `index` (`micro_batches`).
+    ) -> list[Load]:
+        """What each of this rank's threads reads of the sequences at `index`: microbatches of
+        `budget` tokens (`micro_batches`) that the crew's threads have in hand together.
 
         Every pass over a sharded model is a meeting, so all ranks get as many: one that has fewer
         reads a sequence again, and is told with False that it does not count.
         """
+        workers = self.world * self.crew.size
         cuts = [
-            list(micro_batches(lengths_B, index[share], budget, padded=padded))
-            for share in balanced(lengths_B[index], self.world)
+            list(micro_batches(lengths_B, index[share], budget // self.crew.size, padded=padded))
+            for share in balanced(lengths_B[index], workers)
         ]
-        for turn in range(max(map(len, cuts))):
-            mine = cuts[self.rank]
-            yield (mine[turn], True) if turn < len(mine) else (index[:1], False)
+        if self.world == 1:
+            return [[(part, True) for part in cut] for cut in cuts if cut]
+        turns, mine = max(map(len, cuts)), cuts[self.rank]
+        idle = [(index[:1], False)] * (turns - len(mine))
+        return [[(part, True) for part in mine] + idle]
 
 
 ALONE = Ranks()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from distrl.learn.networks import Networks
 from distrl.learn.objectives import Tokens, objective
 from distrl.learn.opening import Opening
 from distrl.learn.prepare import Prepared
-from distrl.learn.ranks import ALONE, Ranks
+from distrl.learn.ranks import ALONE, Load, Ranks
+from distrl.models.crew import Gradients
 
 
 def minibatches(size: int, config: LearnConfig, seed: tuple[int, ...]) -> Iterator[Tensor]:
@@ -94,37 +96,39 @@ class Update:
         prepared: Prepared,
         index: Tensor,
         prices: Prices,
-        opening: Opening | None = None,
+        opening: Sequence[Opening] = (),
     ) -> MinibatchReport:
         """Add the gradients of one minibatch's loss. opening: its passes, where they were made."""
-        kept = prepared.kept[index]
-        how = self.config.objective.aggregate
-        shares = torch.zeros_like(prepared.weights)
-        means = torch.zeros_like(prepared.weights)
-        shares[index] = token_shares(kept, how, self.longest)
-        means[index] = token_shares(kept)
-        sums = shares.new_zeros(len(fields(MinibatchReport)))
-        budget, padded = self.config.micro_tokens, not self.networks.packed
-        parts = self.ranks.parts(batch.lengths_B, index, budget, padded=padded)
-        for part, counts in parts if opening is None else [(opening.rows, True)]:
-            rows = batch.rows(part)
-            width = rows.tokens_BT.shape[1]
-            micro = _Micro(
-                rows,
-                prepared.rows(part, width),
-                shares[part, :width] * counts,
-                means[part, :width] * counts,
-                opening,
-            )
-            sums += self._backward(micro, prices)
-            sums[-1] += (rows.ids_BL.numel() if padded else rows.lengths_B.sum()) * counts
+        whole = _Minibatch.of(batch, prepared, index, self.config.objective.aggregate, self.longest)
+        padded = not self.networks.packed
+        loads: list[Load] = [[(made.rows, True)] for made in opening]
+        if not loads:
+            budget = self.config.micro_tokens
+            loads = self.ranks.loads(batch.lengths_B, index, budget, padded=padded)
+        weights = [weight for part in self.networks.trained for weight in part.parameters()]
+
+        def work(turn: int) -> tuple[Tensor, Gradients]:
+            """One thread's part of the gradient, and of each figure of the report."""
+            gradients = Gradients(weights if len(loads) > 1 else None)
+            sums = prepared.weights.new_zeros(len(fields(MinibatchReport)))
+            for part, counts in loads[turn]:
+                micro = whole.micro(part, counts, opening[turn] if opening else None)
+                sums += self._backward(micro, prices, gradients)
+                read = micro.rows.ids_BL.numel() if padded else micro.rows.lengths_B.sum()
+                sums[-1] += read * counts
+            return sums, gradients
+
+        sums = prepared.weights.new_zeros(len(fields(MinibatchReport)))
+        for found, gradients in self.ranks.crew.run(work, range(len(loads))):
+            sums += found
+            gradients.hand_over()
         self.ranks.add(sums)
         sums[-1] = 1 - batch.lengths_B[index].sum() / sums[-1]
         return MinibatchReport(
             **dict(zip((f.name for f in fields(MinibatchReport)), sums.tolist(), strict=True))
         )
 
-    def _backward(self, micro: _Micro, prices: Prices) -> Tensor:
+    def _backward(self, micro: _Micro, prices: Prices, gradients: Gradients) -> Tensor:
         """The gradients of one microbatch; its part of each figure of the report."""
         networks, nothing = self.networks, micro.shares.new_zeros(())
         policy, clipped, moved, states = nothing, nothing, nothing, None
@@ -134,14 +138,14 @@ class Update:
             states = response_states(networks.policy, micro.rows)
         figures = [policy.detach(), nothing, clipped, moved, nothing, nothing]
         if not networks.shared and prices.policy_learns:
-            policy.backward()  # before the critic's pass, so that one graph is held at a time
+            gradients.backward(policy)  # before the critic's pass: one graph is held at a time
         if networks.critic is None:
             return torch.stack(figures)
         value, value_clipped = self._value_loss(micro, states if networks.shared else None)
         if networks.shared:
-            (policy + self.config.value.coef * value).backward()
+            gradients.backward(policy + self.config.value.coef * value)
         else:
-            value.backward()
+            gradients.backward(value)
         figures[1], figures[4] = value.detach(), value_clipped
         return torch.stack(figures)
 
@@ -190,6 +194,42 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class _Minibatch:
+    """A batch with the share of each token in a minibatch's policy loss, and in a token mean; those
+    of other minibatches have 0."""
+
+    batch: Experience
+    prepared: Prepared
+    shares: Tensor
+    means: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        batch: Experience,
+        prepared: Prepared,
+        index: Tensor,
+        aggregate: Literal["token", "sequence", "constant"],
+        longest: int,
+    ) -> _Minibatch:
+        kept = prepared.kept[index]
+        shares, means = (torch.zeros_like(prepared.weights) for _ in range(2))
+        shares[index], means[index] = token_shares(kept, aggregate, longest), token_shares(kept)
+        return cls(batch, prepared, shares, means)
+
+    def micro(self, part: Tensor, counts: bool, opening: Opening | None) -> _Micro:
+        rows = self.batch.rows(part)
+        width = rows.tokens_BT.shape[1]
+        return _Micro(
+            rows,
+            self.prepared.rows(part, width),
+            self.shares[part, :width] * counts,
+            self.means[part, :width] * counts,
+            opening,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Micro:
     """A microbatch: sequences, what is known of them, and the share of each of their tokens in the
     policy's loss and in a token mean; its passes, where they were made already."""
@@ -213,18 +253,29 @@ def pretrain_backward(
     lengths = torch.tensor([len(example) for example in examples])
     tokens = int((lengths - 1).sum())
     device = next(networks.policy.parameters()).device
+    loads = ranks.loads(
+        lengths, torch.arange(len(examples)), micro_tokens, padded=not networks.packed
+    )
+
+    def work(load: Load) -> tuple[Tensor, Gradients]:
+        gradients = Gradients(list(networks.trained[0].parameters()) if len(loads) > 1 else None)
+        total = torch.zeros((), device=device)
+        for part, counts in load:
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [examples[row] for row in part.tolist()], batch_first=True
+            ).to(device)
+            places = torch.arange(ids.shape[1], device=device)
+            mine = lengths[part].to(device)
+            chosen = places < (mine - 1)[:, None]
+            _, logprobs, _ = networks.policy(ids, mine, chosen, ids[:, 1:][chosen[:, :-1]])
+            loss = -logprobs.sum() * counts / tokens
+            gradients.backward(coef * loss)
+            total += loss.detach()
+        return total, gradients
+
     total = torch.zeros((), device=device)
-    everything = torch.arange(len(examples))
-    for part, counts in ranks.parts(lengths, everything, micro_tokens, padded=not networks.packed):
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [examples[row] for row in part.tolist()], batch_first=True
-        ).to(device)
-        places = torch.arange(ids.shape[1], device=device)
-        mine = lengths[part].to(device)
-        chosen = places < (mine - 1)[:, None]
-        _, logprobs, _ = networks.policy(ids, mine, chosen, ids[:, 1:][chosen[:, :-1]])
-        loss = -logprobs.sum() * counts / tokens
-        (coef * loss).backward()
-        total += loss.detach()
+    for found, gradients in ranks.crew.run(work, loads):
+        total += found
+        gradients.hand_over()
     ranks.add(total)
     return total.item()

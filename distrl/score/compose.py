@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distrl.config import ConfigError, OverlongConfig, RewardPart, ScoreConfig
 from distrl.models import best_device
+from distrl.models.crew import ALONE, Crew
 from distrl.records import Rollout, Sample, Score, ScoredRollout
 from distrl.roles import ScoreFailed
 from distrl.score.model import ModelReward
@@ -49,8 +50,11 @@ class RewardSum:
         self.overlong = overlong
 
     @classmethod
-    def of(cls, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> RewardSum:
-        """The rewards that `config.parts` names, loaded; `tokenizer` is the policy's.
+    def of(
+        cls, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, crew: Crew = ALONE
+    ) -> RewardSum:
+        """The rewards that `config.parts` names, loaded; `tokenizer` is the policy's, and `crew`
+        shares the passes of reward models.
 
         Raises ConfigError where there is no part, a name stands twice, or a function is not
         there; ModelError where a folder holds no reward model.
@@ -65,7 +69,7 @@ class RewardSum:
         if twice:
             raise ConfigError(f"score.parts: the name {twice.pop()!r} is taken; choose another")
         weights = {part.name: part.weight for part in config.parts}
-        rewards = [_reward(part, config, tokenizer) for part in config.parts]
+        rewards = [_reward(part, config, tokenizer, crew) for part in config.parts]
         return cls(rewards, weights, config.missing_eos_penalty, config.overlong)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | ScoreFailed]:
@@ -119,7 +123,9 @@ def with_default_part(config: ScoreConfig, reward_model: Path) -> ScoreConfig:
     return config.model_copy(update={"parts": (part,)})
 
 
-def _reward(part: RewardPart, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase) -> Reward:
+def _reward(
+    part: RewardPart, config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, crew: Crew
+) -> Reward:
     if part.function is not None:
         return RuleReward(part.name, part.function)
     assert part.model is not None  # RewardPart's own check
@@ -129,4 +135,5 @@ def _reward(part: RewardPart, config: ScoreConfig, tokenizer: PreTrainedTokenize
         tokenizer,
         batch_tokens=config.batch_tokens,
         device=best_device() if config.gpus else "cpu",
+        crew=crew,
     )

@@ -15,6 +15,8 @@ from distrl.data.batching import pad_right, token_budget_batches
 from distrl.data.rows import Messages
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.models import ScalarModel, eos_id, reward_input
+from distrl.models.crew import ALONE, Crew
+from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s, Rollout
 from distrl.roles import ScoreFailed
 
@@ -38,12 +40,14 @@ class ModelReward:
         batch_tokens: int,
         device: torch.device | str = "cpu",
         dtype: str = "float32",
+        crew: Crew = ALONE,
     ) -> None:
-        """Load the model in `folder`. `tokenizer` is the policy's; a forward pass holds at most
-        `batch_tokens` padded tokens (a longer sequence goes alone). Raises ModelError."""
+        """Load the model in `folder`. `tokenizer` is the policy's; `crew`'s forward passes hold at
+        most `batch_tokens` together (a longer sequence goes alone). Raises ModelError."""
         self.name = name
         self.model = ScalarModel.load(folder, dtype).to(device)
-        self.batch_tokens = batch_tokens
+        pack(self.model.body)
+        self.batch_tokens, self.crew = batch_tokens, crew
         own = load_tokenizer(folder)
         self.re_encodes = tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)
         self._policy_tokenizer, self._tokenizer = tokenizer, own
@@ -75,14 +79,22 @@ class ModelReward:
         rows = [reward_input(ids, self._eos, self.model.context) for ids in sequences]
         scores_N = np.empty(len(rows), dtype=np.float32)
         device = self.model.head.weight.device
-        lengths = [len(ids) for ids in rows]
-        budget = max(self.batch_tokens, *lengths, 0)
-        for places in token_budget_batches(lengths, budget, seed=0):
+
+        def read(places: list[int]) -> None:
             ids_BT, lengths_B = pad_right([rows[i] for i in places], 0)
             ids = torch.as_tensor(ids_BT, dtype=torch.long, device=device)
-            read = torch.as_tensor(lengths_B, device=device)
-            scores_N[places] = self.model.reward(ids, read).float().cpu().numpy()
+            lengths = torch.as_tensor(lengths_B, device=device)
+            scores_N[places] = self.model.reward(ids, lengths).float().cpu().numpy()
+
+        self.crew.run(read, self._batches([len(ids) for ids in rows]))
         return scores_N
+
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Which sequences share a pass; there is one for each of the crew, if there are so many."""
+        longest, members = max(lengths, default=0), self.crew.size
+        shared_out = -(-sum(lengths) // members) + longest * (members > 1)
+        budget = max(min(self.batch_tokens // members, shared_out), longest)
+        return token_budget_batches(lengths, budget, seed=0)
 
     def score_texts(self, texts: Sequence[tuple[str | Messages, str]]) -> Float32s:
         """[N] float32 scores of (prompt, response) texts, encoded by this model's tokenizer."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from distrl.config import ScoreConfig
+from distrl.models.crew import ALONE, Crew
 from distrl.records import GroupInfo, Parcel, Rollout, ScoredInfo, ScoredRollout
 from distrl.roles import ScoreFailed
 from distrl.score.compose import RewardSum
@@ -38,11 +39,13 @@ class LocalScorer:
         name: str = "scorer-0",
         *,
         rewards: RewardSum | None = None,
+        crew: Crew = ALONE,
     ) -> None:
         """`config.parts` must name the parts (`with_default_part`); `tokenizer` is the policy's.
-        `rewards` stands in for what the config names. Raises ConfigError, ModelError."""
+        `crew` shares the passes of reward models. `rewards` stands in for what the config names.
+        Raises ConfigError, ModelError."""
         self.name = name
-        self._rewards = rewards or RewardSum.of(config, tokenizer)
+        self._rewards = rewards or RewardSum.of(config, tokenizer, crew)
         self._timeout_s = config.timeout_s
         self._waiting: list[_Request] = []
         self._being_scored: list[_Request] = []

@@ -76,7 +76,7 @@ QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
 def new_learner(tiny_policy, tmp_path):
     made = []
 
-    def make(examples=None, total_steps: int = 10, **config) -> PolicyLearner:
+    def make(examples=None, total_steps: int = 10, threads: int = 1, **config) -> PolicyLearner:
         spec = LearnerSpec(
             policy=tiny_policy,
             reward_model=None,
@@ -89,7 +89,7 @@ def new_learner(tiny_policy, tmp_path):
             canary_tokens=8,
             scratch=tmp_path / "scratch",
             pretrain=examples,
-            threads=1,
+            threads=threads,
         )
         made.append(PolicyLearner(spec))
         return made[-1]

@@ -39,7 +39,7 @@ def test_a_step_comes_to_the_same_with_one_pass_less(new_learner, make_groups, m
     kept, anew = new_learner(**recipe), new_learner(**recipe)
     passes = {learner: rows_read(learner.networks.policy, monkeypatch) for learner in (kept, anew)}
     mine = kept.learn(groups).metrics
-    monkeypatch.setattr(distrl.learn.learner, "read_opening", lambda *_: None)
+    monkeypatch.setattr(distrl.learn.learner, "read_opening", lambda *_: [])
     theirs = anew.learn(groups).metrics
 
     first = 16 // kept.config.minibatches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from distrl.config import ModelConfig
 from distrl.data.tokenizer import encode_example, tokenizer_fingerprint, train_tokenizer
 from distrl.models import ScalarModel, new_llama
+from distrl.models.crew import Crew
 from distrl.records import FinishReason, Prompt, Rollout, Sample, VersionSpan
 from distrl.roles import ScoreFailed
 from distrl.score import ModelReward
@@ -68,6 +70,23 @@ def test_groups_are_batched_together_and_each_gets_its_own(reward, folder, token
             ids = np.concatenate([group.prompt.token_ids, sample.token_ids])
             alone = model.reward(torch.as_tensor(ids[None]).long(), torch.tensor([len(ids)]))
             assert score == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_a_crew_shares_the_passes_and_each_sequence_gets_its_own_score(folder, tokenizer, reward):
+    crew = Crew(2)
+    shared = ModelReward("rm", folder, tokenizer, batch_tokens=8192, crew=crew)
+    rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (7, 2, 9, 4, 12, 1, 5, 3)]
+    readers: dict[str, int] = {}
+    read = shared.model.reward
+
+    def noted(ids, lengths):
+        readers[threading.current_thread().name] = len(ids)
+        return read(ids, lengths)
+
+    shared.model.reward = noted
+    np.testing.assert_allclose(shared.score_ids(rows), reward.score_ids(rows), atol=1e-5)
+    assert len(readers) == 2 and sum(readers.values()) == len(rows)
+    crew.close()
 
 
 def test_forward_passes_keep_to_the_token_budget(reward, tokenizer, monkeypatch):

@@ -1,0 +1,101 @@
+"""Threads that share the passes of one process.
+
+Each takes sequences of its own and computes with one core, as if it were a rank of a learner. The
+usual way, one pass with the threads inside every operation, has them wait for each other thousands
+of times a step: on two cores 1.77 times as fast as one against 1.90 here (4 M parameters), and ten
+times slower than one, instead of no faster, as soon as something else wants a core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+LARGEST = 4
+"""Threads at most; with more cores each has several. What Python does in a pass is done by one
+thread at a time, about a tenth of it."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Crew:
+    """`size` threads; a crew of one is the thread that asks."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+        self._pool = ThreadPoolExecutor(size, "crew") if size > 1 else None
+
+    @classmethod
+    def of_cores(cls, cores: int) -> Crew:
+        """A crew that keeps `cores` busy; sets torch's own threads in this process."""
+        size = next(size for size in range(min(cores, LARGEST), 0, -1) if cores % size == 0)
+        torch.set_num_threads(cores // size)
+        return cls(size)
+
+    def run(self, work: Callable[[T], R], loads: Sequence[T]) -> list[R]:
+        """`work` of each load, in their order, with gradients or without as the caller has it.
+
+        An error is raised once nobody works any more: the first load's that has one.
+        """
+        if self._pool is None or len(loads) < 2:
+            return [work(load) for load in loads]
+        with_gradients, inner = torch.is_grad_enabled(), torch.get_num_threads()
+
+        def member(load: T) -> R:
+            # Both are a thread's own.
+            torch.set_num_threads(inner)
+            with torch.set_grad_enabled(with_gradients):
+                return work(load)
+
+        futures = [self._pool.submit(member, load) for load in loads]
+        failures = [error for future in futures if (error := future.exception()) is not None]
+        if failures:
+            raise failures[0]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the threads. May be called twice."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+ALONE = Crew()
+
+
+class Gradients:
+    """Where one load's ways back leave what they find.
+
+    A crew's gradients are kept apart and added in the order of loads: whoever is done first, the
+    sum is the same to the bit.
+    """
+
+    def __init__(self, weights: Sequence[Tensor] | None = None) -> None:
+        """weights: whose gradients; None: they go straight where autograd puts them."""
+        self._weights = weights
+        self._found: list[Tensor | None] = [None] * len(weights or ())
+
+    def backward(self, loss: Tensor) -> None:
+        """Take the way back from `loss`."""
+        if self._weights is None:
+            return loss.backward()
+        new = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        pairs = zip(self._found, new, strict=True)
+        self._found = [b if a is None else a if b is None else a + b for a, b in pairs]
+
+    def hand_over(self) -> None:
+        """Add everything to the weights' own gradients."""
+        for weight, gradient in zip(self._weights or (), self._found, strict=True):
+            if gradient is None:
+                continue
+            # Autograd may give one tensor to two weights, or one that is a number spread out.
+            weight.grad = (
+                gradient.clone(memory_format=torch.contiguous_format)
+                if weight.grad is None
+                else weight.grad.add_(gradient)
+            )
+        self._found = [None] * len(self._found)

@@ -1,0 +1,74 @@
+"""A learner whose passes are shared by threads comes to what one thread comes to."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from distrl.learn.pretrain import save_examples
+
+from .test_algorithms import VARIANTS
+
+MANY = {
+    "several passes a thread": {"micro_tokens": 96},
+    "one sequence a minibatch": {"minibatches": 12},
+    "pads": {"packing": False},
+    "activations anew": {"checkpoint_activations": True},
+    "trusted": {"trust_engine_logprobs": True},
+}
+RECIPES = VARIANTS | MANY
+
+
+def weights(learner):
+    return [p.detach() for part in learner.networks.trained for p in part.parameters()]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_threads_come_to_what_one_comes_to(new_learner, make_groups, name):
+    config = RECIPES[name]
+    one, two = new_learner(**config), new_learner(threads=2, **config)
+    assert (one.ranks.crew.size, two.ranks.crew.size) == (1, 2)
+    for seed in (1, 2):
+        theirs, mine = (x.learn(make_groups(seed=seed)).metrics for x in (one, two))
+    assert mine.keys() == theirs.keys()
+    for metric in mine.keys() - {"time/learn_compute", "learn/padding"}:
+        assert mine[metric] == pytest.approx(theirs[metric], abs=2e-4, rel=2e-3), metric
+    for a, b in zip(weights(one), weights(two), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+def test_threads_come_to_the_same_bits_every_time(new_learner, make_groups):
+    runs = [new_learner(threads=3, micro_tokens=96) for _ in range(2)]
+    for learner in runs:
+        for seed in (1, 2):
+            learner.learn(make_groups(seed=seed, groups=4, samples=3))
+    assert all(map(torch.equal, *map(weights, runs)))
+
+
+def test_examples_of_pretraining_are_shared_as_well(new_learner, make_groups, tmp_path):
+    rows = [torch.arange(3, 3 + n) for n in (5, 9, 2, 7, 6)]
+    save_examples([row.numpy() for row in rows], tmp_path / "examples.safetensors")
+    config = {"pretrain": {"coef": 0.5, "sequences": 4}, "micro_tokens": 32}
+    path = tmp_path / "examples.safetensors"
+    one = new_learner(examples=path, **config)
+    two = new_learner(examples=path, threads=2, **config)
+    theirs, mine = (x.learn(make_groups(seed=1)).metrics for x in (one, two))
+    assert mine["loss/pretrain"] == pytest.approx(theirs["loss/pretrain"], rel=1e-5)
+    assert mine["grad/norm"] == pytest.approx(theirs["grad/norm"], rel=1e-4)
+
+
+def test_each_thread_reads_its_own_sequences(new_learner, make_groups, monkeypatch):
+    learner = new_learner(threads=2, epochs=1, minibatches=1)
+    read: dict[str, int] = {}
+    policy = learner.networks.policy
+    forward = policy.forward
+
+    def noted(ids_BL, *rest, **named):
+        read[threading.current_thread().name] = len(ids_BL)
+        return forward(ids_BL, *rest, **named)
+
+    monkeypatch.setattr(policy, "forward", noted)
+    learner.learn(make_groups(seed=1, groups=4, samples=4))
+    assert len(read) == 2 and sum(read.values()) == 16
