@@ -49,7 +49,7 @@ def test_threads_come_to_the_same_bits_every_time(new_learner, make_groups):
 
 def test_examples_of_pretraining_are_shared_as_well(new_learner, make_groups, tmp_path):
     rows = [torch.arange(3, 3 + n) for n in (5, 9, 2, 7, 6)]
-    save_examples([row.numpy() for row in rows], tmp_path / "examples.safetensors")
+    save_examples([row.tolist() for row in rows], tmp_path / "examples.safetensors")
     config = {"pretrain": {"coef": 0.5, "sequences": 4}, "micro_tokens": 32}
     path = tmp_path / "examples.safetensors"
     one = new_learner(examples=path, **config)

@@ -79,9 +79,9 @@ def test_a_crew_shares_the_passes_and_each_sequence_gets_its_own_score(folder, t
     readers: dict[str, int] = {}
     read = shared.model.reward
 
-    def noted(ids, lengths):
-        readers[threading.current_thread().name] = len(ids)
-        return read(ids, lengths)
+    def noted(ids_BT, lengths_B):
+        readers[threading.current_thread().name] = len(ids_BT)
+        return read(ids_BT, lengths_B)
 
     shared.model.reward = noted
     np.testing.assert_allclose(shared.score_ids(rows), reward.score_ids(rows), atol=1e-5)
