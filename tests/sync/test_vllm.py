@@ -31,9 +31,9 @@ def test_the_plugin_is_found_by_vllm_and_registers_once(monkeypatch):
     )
     register()
     register()
-    assert registered == [vllm_plugin.BACKEND]
-    engine = WeightTransferEngineFactory._registry[vllm_plugin.BACKEND]()
-    assert engine.__name__ == "SharedMemoryTransfer"
+    assert registered == ["distrl_shm", "distrl_gloo"]
+    engines = [WeightTransferEngineFactory._registry[name]().__name__ for name in registered]
+    assert engines == ["SharedMemoryTransfer", "GlooTransfer"]
 
 
 class Model:
