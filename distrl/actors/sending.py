@@ -14,8 +14,8 @@ from distrl.records import Offer, Receiver, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
 
 LAST_WORDS_S = 5
-"""Where one side has failed, the other has so long to tell more; it is also how much later than
-the two sides themselves this gives up."""
+"""Where one side has failed, the other has so long to tell more. Twice that after the deadline of
+the two sides, both are given up."""
 
 
 class Sender(Protocol):
@@ -43,7 +43,7 @@ async def send(
     receiving = asyncio.ensure_future(receive(offer))
     sending = asyncio.ensure_future(sender.send(receiver.name))
     try:
-        async with asyncio.timeout(receiver.timeout_s + LAST_WORDS_S):
+        async with asyncio.timeout(receiver.timeout_s + 2 * LAST_WORDS_S):
             await _both(sending, receiving)
     except CanaryMismatch:
         raise

@@ -232,12 +232,12 @@ class LearnerActor:
 
     def offer(self, weights: Weights, receiver: Receiver) -> Offer:
         """Have a version ready to be sent. Raises RoleError where it is not kept any more."""
-        with _failure_as_role_error():
+        with failure_as_role_error():
             return self.switchboard.offer(weights, receiver, _address(receiver.near))
 
     def send(self, name: str) -> None:
         """Send generator `name` what it was offered. Raises RoleError; its engine may hold half."""
-        with _failure_as_role_error():
+        with failure_as_role_error():
             self.switchboard.send(name)
 
     def hang_up(self, name: str) -> None:
@@ -264,7 +264,7 @@ def _address(on_one_machine: bool) -> str:
 
 
 @contextmanager
-def _failure_as_role_error() -> Iterator[None]:
+def failure_as_role_error() -> Iterator[None]:
     """The driver must not need this room's libraries to read an error."""
     from distrl.sync.collective import TransferFailed
 

@@ -79,9 +79,13 @@ class Takers:
         return range(1, 1 + len(self.processes))
 
     def end(self) -> None:
+        """May be called twice."""
         for process in self.processes:
             process.kill()
-            process.communicate()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
 
 
 @pytest.fixture
