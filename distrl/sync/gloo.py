@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroupGloo
 
 from distrl.records import TensorInfo
 from distrl.sync.image import Image
+from distrl.sync.rendezvous import wait_for_all
 
 CPU = torch.device("cpu")
 
@@ -40,19 +41,15 @@ class GlooGroup:
 
         Raises DistStoreError where one does not come in time.
         """
-        host, port = listener.getsockname()[:2]
-        wait = timedelta(seconds=timeout_s)
-        descriptor = listener.detach()
-        store = TCPStore(
-            host, port, world, is_master=True, timeout=wait, master_listen_fd=descriptor
-        )
-        return cls(store, host, 0, world, wait)
+        host = listener.getsockname()[0]
+        store = wait_for_all(listener, world, timeout_s)
+        return cls(store, host, 0, world, timedelta(seconds=timeout_s))
 
     @classmethod
     def join(cls, host: str, port: int, rank: int, world: int, timeout_s: float) -> GlooGroup:
         """As one of the engine's workers, go where the learner waits."""
         wait = timedelta(seconds=timeout_s)
-        store = TCPStore(host, port, world, is_master=False, timeout=wait)
+        store = TCPStore(host, port, world, is_master=False, timeout=wait, use_libuv=False)
         return cls(store, _address_towards(host, port), rank, world, wait)
 
     def send(self, image: Image) -> None:

@@ -6,13 +6,13 @@ engine by calls without a deadline and reads a live model, where a learner here 
 
 from __future__ import annotations
 
-import math
 import socket
 from typing import Any
 
 import torch
 
 from distrl.sync.image import Image
+from distrl.sync.rendezvous import wait_for_all
 
 PACK_BYTES = 256 * 2**20
 """Tensors are sent in packs of about this size. The learner's device holds four at most (two on
@@ -25,10 +25,9 @@ PACKS = 2
 class NCCLGroup:
     """The learner is rank 0 of the group."""
 
-    def __init__(self, communicator: Any, index: int) -> None:
-        """communicator: vLLM's PyNcclCommunicator; index: of this process's CUDA device."""
+    def __init__(self, communicator: Any) -> None:
+        """communicator: vLLM's PyNcclCommunicator, on this process's CUDA device."""
         self._communicator = communicator
-        self._index = index
 
     @classmethod
     def meet(cls, listener: socket.socket, world: int, timeout_s: float) -> NCCLGroup:
@@ -42,28 +41,21 @@ class NCCLGroup:
         from vllm.distributed.utils import StatelessProcessGroup
         from vllm.utils.nccl import unpinned_nccl_env
 
-        host, port = listener.getsockname()[:2]
-        store = StatelessProcessGroup.create(
-            host,
-            port,
-            rank=0,
-            world_size=world,
-            store_timeout=math.ceil(timeout_s),
-            listen_socket=listener,
-        )
-        index = torch.accelerator.current_device_index()
+        store = wait_for_all(listener, world, timeout_s)
+        group = StatelessProcessGroup(rank=0, world_size=world, store=store)
+        device = torch.accelerator.current_device_index()
         with unpinned_nccl_env():
-            communicator = PyNcclCommunicator(store, device=index)
+            communicator = PyNcclCommunicator(group, device=device)
         if communicator.disabled:  # it would send nothing, and say so to nobody
             raise RuntimeError("vLLM found no NCCL library in the learner's process")
-        return cls(communicator, index)
+        return cls(communicator)
 
     def send(self, image: Image) -> None:
         """Tensor by tensor onto the device and out, so the model is never on it twice."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        device = torch.device("cuda", self._index)
-        with torch.accelerator.device_index(self._index):
+        device = self._communicator.device
+        with torch.accelerator.device_index(device.index):
             packed_nccl_broadcast_producer(
                 iterator=image.tensors(device),
                 group=self._communicator,

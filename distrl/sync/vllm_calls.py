@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distrl.records import Offer, Weights
-from distrl.sync.nccl import PACK_BYTES, PACKS
+from distrl.sync import nccl
 
 
 def in_memory(weights: Weights) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def meeting(offer: Offer) -> dict[str, Any]:
             rank_offset=1,
             world_size=offer.world,
             packed=True,
-            packed_buffer_size_bytes=PACK_BYTES,
-            packed_num_buffers=PACKS,
+            packed_buffer_size_bytes=nccl.PACK_BYTES,
+            packed_num_buffers=nccl.PACKS,
         )
     )
 
