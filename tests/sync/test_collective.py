@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distrl.records import Offer, Receiver, Weights
@@ -59,17 +62,12 @@ class Takers:
         ]
 
     def take(self, offer: Offer) -> None:
-        import json
-        from dataclasses import asdict
-
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps([asdict(info) for info in offer.tensors]) + "\n")
             process.stdin.flush()
 
     def taken(self) -> list[dict[str, torch.Tensor]]:
-        from safetensors.torch import load_file
-
         for process in self.processes:
             assert process.stdout is not None and process.stdout.readline() == "taken\n"
         return [load_file(self.folder / f"{rank}.safetensors") for rank in self.ranks]
@@ -124,8 +122,6 @@ def receiver(name: str = "g0", timeout_s: float = 60, **settings: Any) -> Receiv
 def weights(
     publisher: SharedMemoryPublisher, tensors: dict[str, torch.Tensor], version: int = 1
 ) -> Weights:
-    import numpy as np
-
     locator, nbytes = publisher.publish(tensors, version)
     return Weights(
         version=version,
@@ -165,7 +161,7 @@ def test_an_image_says_what_is_in_it_and_outlives_its_publisher(publisher):
     assert all(torch.equal(tensor, sent[name]) for name, tensor in read)
 
 
-def test_tensors_are_read_one_at_a_time(publisher):
+def test_tensors_are_read_one_at_a_time(publisher, monkeypatch):
     """A device never holds more of the image than who iterates does."""
     path, _ = publisher.publish({f"w{n}": torch.full((1000,), n) * 1.0 for n in range(5)}, 1)
     image = Image(path)
@@ -176,7 +172,7 @@ def test_tensors_are_read_one_at_a_time(publisher):
             read.append(name)
             return torch.zeros(1)
 
-    image._file = Spy()
+    monkeypatch.setattr(image, "_file", Spy())
     tensors = image.tensors(torch.device("cpu"))
     assert read == []
     next(tensors)
@@ -209,8 +205,6 @@ def test_a_tied_model_arrives_whole_at_every_worker_and_the_group_lasts(
 
 
 def published_as_gloo(published: Weights) -> Weights:
-    from dataclasses import replace
-
     return replace(published, transport="gloo")
 
 

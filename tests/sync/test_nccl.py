@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import socket
 import subprocess
@@ -260,8 +261,6 @@ save_file(arrived, folder / "arrived.safetensors")
 
 @pytest.mark.gpu
 def test_an_image_goes_from_one_gpu_to_another(image: Image, tmp_path: Path) -> None:
-    import json
-
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL does not make a group on one GPU")
     listener = socket.create_server((LOOPBACK, 0))
