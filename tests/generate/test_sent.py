@@ -146,8 +146,9 @@ async def test_a_learner_that_sends_nothing_ends_the_engine_in_time(
     offer = await learner.offer(weights, receiver)
     rolling = asyncio.create_task(receiving.generate(policies.prompt(4)))
     began = time.monotonic()
-    with pytest.raises(WorkerDied, match=r"version 10 was not loaded within sync.timeout_s=2"):
-        await receiving.load_weights(weights, offer)
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkerDied, match=r"version 10 was not loaded within sync.timeout_s=2"):
+            await receiving.load_weights(weights, offer)
     took_s = time.monotonic() - began
     print(f"given up after {took_s:.1f} s, the engine's end included")
     assert took_s < 2 + 15
