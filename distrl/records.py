@@ -220,8 +220,8 @@ class Weights:
 
     Attributes:
         version: the learner's version, 0 before the first update.
-        transport: name of the transport that can fetch it ("shm").
-        locator: what the transport needs: a path for "shm".
+        transport: how it reaches an engine, as `sync.transport` says.
+        locator: path of its image, for processes on the learner's machine.
         nbytes: size of all tensors.
         probe_ids: [K] int32, the canary's tokens.
         probe_logprobs: [K-1] float32: log p(probe_ids[1:]) under these weights.
@@ -233,6 +233,49 @@ class Weights:
     nbytes: int
     probe_ids: Int32s
     probe_logprobs: Float32s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receiver:
+    """The engine that a learner sends weights to, one tensor after another.
+
+    Attributes:
+        name: of its generator; start: how often that was started, this time included.
+        workers: processes of the engine that take part.
+        near: it is on the learner's machine.
+        timeout_s: deadline of the rendezvous and a send together.
+    """
+
+    name: str
+    start: int
+    workers: int
+    near: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One tensor of a set of weights; `dtype` as torch spells it ("bfloat16")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A version that the learner holds ready for one receiver, and where they meet.
+
+    Attributes:
+        host, port: where the learner waits. As long as they stay the same, so does the group.
+        world: processes of the group: the learner (rank 0), then the engine's workers.
+        tensors: in the order of sending.
+    """
+
+    host: str
+    port: int
+    world: int
+    tensors: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

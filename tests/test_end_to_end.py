@@ -2,7 +2,8 @@
 
 Few runs, much asked of each, because an engine takes half a minute to start:
 
-- `survivor`: two generators, one of them killed on the way; runs to its end.
+- `survivor`: two generators, one of them killed on the way; runs to its end. Once with each
+  transport that needs no GPU.
 - `interrupted`: synchronous; Ctrl-C after step 3.
 - `killed`: the same recipe; kill -9 after step 3, its newest checkpoint damaged, resumed.
 - on two machines: two raylets, learner and generator apart; ended by SIGTERM.
@@ -202,14 +203,15 @@ def begin(stages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 # -- a run that survives the death of a generator -------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def survivor(begin: Callable[..., Run]) -> Run:
+@pytest.fixture(scope="module", params=["shm", "gloo"])
+def survivor(begin: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
     """Two generators; one is killed after the first step, and the run goes on with the other.
 
     It is stopped for a while before, so that groups are with it that are lost with it.
     """
     slow = ("--generate.max_num_seqs", "1", "--driver.prompts_per_step", "8")
-    run = begin("train", "--generate.workers", "2", "--driver.steps", "8", *slow)
+    sync = ("--sync.transport", request.param)
+    run = begin("train", "--generate.workers", "2", "--driver.steps", "8", *slow, *sync)
     run.wait_for_step(1)
     generators = [p for p in run.family() if p.name().startswith("ray::GeneratorAc")]
     assert len(generators) == 2, [p.name() for p in run.family()]

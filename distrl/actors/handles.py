@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,18 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from distrl.actors.batching import Counter, packed
 from distrl.actors.process import node_id, remove, tail
+from distrl.actors.sending import send
 from distrl.learn.spec import Place
-from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
+from distrl.records import (
+    GroupInfo,
+    Offer,
+    Parcel,
+    Prompt,
+    Receiver,
+    ScoredInfo,
+    StepReport,
+    Weights,
+)
 from distrl.roles import LearnerFailed, WorkerDied
 
 logger = logging.getLogger(__name__)
@@ -32,6 +43,9 @@ CLOSE_TIMEOUT_S = 10
 
 LAST_WORDS_S = 5
 """After a rank of the learner has failed, the others have so long to tell more."""
+
+ASIDE = "aside"
+"""Calls of the learner that run beside its step, where its actor was made with such a group."""
 
 
 class ActorHandle:
@@ -125,12 +139,16 @@ class GeneratorHandle(DeskHandle):
     """The `Generator` role over an actor."""
 
     learner: LearnerHandle
+    engine_workers: int = 1
+    sync_timeout_s: float = 120
     _left: Sequence[Path] = ()
+    _starts = 0
 
     async def come_up(self) -> None:
         """Start the engine. It may be killed at any moment of that too, so what a kill would leave
         is asked for before as well as after."""
         actor = self.running()
+        self._starts += 1
         self._left = await self.alive(actor.left_when_killed.remote())
         await self.alive(actor.start.remote())
         self._left = await self.alive(actor.left_when_killed.remote())
@@ -154,13 +172,31 @@ class GeneratorHandle(DeskHandle):
         await self.alive(self.running().hold.remote(groups))
 
     async def load_weights(self, weights: Weights) -> None:
-        """On another machine than the learner's, the image goes through the object store."""
+        """Through memory, or sent by the learner, as the weights say.
+
+        Through memory, the image goes through the object store to another machine.
+        """
         actor = self.running()
-        if self.node == self.learner.node:
+        if weights.transport != "shm":
+            await send(weights, self.learner, self._receiver(), partial(self._receive, weights))
+        elif self.node == self.learner.node:
             await self.alive(actor.load_weights.remote(weights))
         else:
             image = self.learner.image(weights)
             await self.alive(actor.relay_weights.remote(weights, image))
+
+    async def _receive(self, weights: Weights, offer: Offer) -> None:
+        await self.alive(self.running().load_weights.remote(weights, offer))
+
+    def _receiver(self) -> Receiver:
+        """The engine as it is now, for the learner to send to."""
+        return Receiver(
+            name=self.name,
+            start=self._starts,
+            workers=self.engine_workers,
+            near=self.node == self.learner.node,
+            timeout_s=self.sync_timeout_s,
+        )
 
 
 class ScorerHandle(DeskHandle):
@@ -232,6 +268,24 @@ class LearnerHandle(ActorHandle):
         if self._image is None or self._image[0] != weights.version:
             self._image = (weights.version, self.running().image.remote(weights))
         return self._image[1]
+
+    async def offer(self, weights: Weights, receiver: Receiver) -> Offer:
+        """Have a version ready for one engine. Raises RoleError where it is not kept any more."""
+        return await self.alive(self._beside("offer", weights, receiver))
+
+    async def send(self, name: str) -> None:
+        """Send generator `name` what it was offered. Raises RoleError."""
+        await self.alive(self._beside("send", name))
+
+    def hang_up(self, name: str) -> None:
+        """Have the learner give up what it sends to generator `name`; waits for nothing."""
+        if self.actor is not None:
+            self._beside("hang_up", name)
+
+    def _beside(self, method: str, *arguments: Any) -> Any:
+        """A call of rank 0 that does not wait for the learner's step."""
+        call = getattr(self.running(), method).options(concurrency_group=ASIDE)
+        return call.remote(*arguments)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Rank 0's answer, once all ranks have answered."""

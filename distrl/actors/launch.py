@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,13 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distrl.actors.cluster import Demand, demands, place, release
-from distrl.actors.handles import ActorHandle, GeneratorHandle, LearnerHandle, ScorerHandle
+from distrl.actors.handles import (
+    ASIDE,
+    ActorHandle,
+    GeneratorHandle,
+    LearnerHandle,
+    ScorerHandle,
+)
 from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec
@@ -109,6 +115,8 @@ class _Maker:
             config.generate.start_timeout_s,
         )
         handle.learner = learner
+        handle.engine_workers = spec.workers
+        handle.sync_timeout_s = config.sync.timeout_s
         return handle
 
     def scorer(self, place: int) -> ScorerHandle:
@@ -138,7 +146,9 @@ class _Maker:
         self, spec: LearnerSpec, rank: int, name: str
     ) -> tuple[str, Callable[[], Any], Path, float]:
         """What a handle needs to know of one of the learner's ranks."""
-        actor = self._actor("learner", rank, LearnerActor)
+        sends = rank == 0 and self.config.sync.transport != "shm"
+        groups = {ASIDE: 2 * self.config.generate.workers} if sends else None
+        actor = self._actor("learner", rank, LearnerActor, groups)
         width = max(1, int(self.config.learn.cpus))
         cores = self.mine and self.mine[rank * width : (rank + 1) * width]
         return (
@@ -148,9 +158,17 @@ class _Maker:
             self.config.generate.start_timeout_s,
         )
 
-    def _actor(self, role: str, place: int, cls: type, **options: Any) -> Any:
+    def _actor(
+        self,
+        role: str,
+        place: int,
+        cls: type,
+        groups: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """groups: calls that run beside the others, by name of the group: how many at once."""
         demand = self.wanted[role]
-        return remote(cls).options(
+        return remote(cls, groups).options(
             num_cpus=demand.bundle.get("CPU", 0),
             num_gpus=demand.bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -186,6 +204,7 @@ def learner_spec(
         scratch=scratch,
         recording=recording,
         pretrain=pretrain if config.learn.pretrain.coef else None,
+        transport=config.sync.transport,
         threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
     )
 

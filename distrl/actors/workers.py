@@ -13,7 +13,8 @@ import faulthandler
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,18 +30,21 @@ from distrl.learn.allocator import keep_freed_memory
 from distrl.learn.spec import LearnerSpec, Place
 from distrl.records import (
     GroupInfo,
+    Offer,
     Parcel,
     Prompt,
+    Receiver,
     Rollout,
     ScoredInfo,
     ScoredRollout,
     StepReport,
     Weights,
 )
-from distrl.roles import WorkerDied
+from distrl.roles import RoleError, WorkerDied
 
 if TYPE_CHECKING:
     from distrl.learn.learner import PolicyLearner
+    from distrl.sync.collective import Switchboard
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +112,9 @@ class GeneratorActor:
     async def hold(self, groups: int) -> None:
         await self.generator.hold(groups)
 
-    async def load_weights(self, weights: Weights) -> None:
+    async def load_weights(self, weights: Weights, offer: Offer | None = None) -> None:
         try:
-            await self.generator.load_weights(weights)
+            await self.generator.load_weights(weights, offer)
         except WorkerDied as error:
             self._end_unless_closing(error)
             raise
@@ -182,9 +186,13 @@ class ScorerActor:
 
 
 class LearnerActor:
-    """`PolicyLearner`, or one rank of it, in a process of its own; one call at a time."""
+    """`PolicyLearner`, or one rank of it, in a process of its own; one call at a time.
+
+    `offer`, `send` and `hang_up` may run beside the others: they touch published images alone.
+    """
 
     learner: PolicyLearner
+    switchboard: Switchboard
 
     def __init__(self, spec: LearnerSpec, log_path: Path, cores: Cores = None) -> None:
         _begin(log_path, cores)
@@ -195,7 +203,7 @@ class LearnerActor:
 
     def meeting_point(self, *, on_one_machine: bool) -> str:
         """host:port at which the other ranks can reach this one."""
-        host = "127.0.0.1" if on_one_machine else ray.util.get_node_ip_address()
+        host = _address(on_one_machine)
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
@@ -203,7 +211,9 @@ class LearnerActor:
     def begin(self, place: Place | None) -> None:
         """Load the networks; with a place, as one of several ranks."""
         from distrl.learn.learner import PolicyLearner
+        from distrl.sync.collective import Switchboard
 
+        self.switchboard = Switchboard()
         self.learner = PolicyLearner(replace(self.spec, place=place))
 
     def learn(
@@ -218,6 +228,20 @@ class LearnerActor:
         """The bytes of a version that this learner still holds."""
         return np.fromfile(weights.locator, dtype=np.uint8)
 
+    def offer(self, weights: Weights, receiver: Receiver) -> Offer:
+        """Have a version ready to be sent. Raises RoleError where it is not kept any more."""
+        with failure_as_role_error():
+            return self.switchboard.offer(weights, receiver, _address(receiver.near))
+
+    def send(self, name: str) -> None:
+        """Send generator `name` what it was offered. Raises RoleError; its engine may hold half."""
+        with failure_as_role_error():
+            self.switchboard.send(name)
+
+    def hang_up(self, name: str) -> None:
+        """Give up what is being sent to generator `name`, and its group."""
+        self.switchboard.hang_up(name)
+
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
 
@@ -228,7 +252,25 @@ class LearnerActor:
         self.learner.export(folder)
 
     def close(self) -> None:
+        self.switchboard.close()
         self.learner.close()
+
+
+def _address(on_one_machine: bool) -> str:
+    """Where others reach this process: nowhere else than needed."""
+    return "127.0.0.1" if on_one_machine else ray.util.get_node_ip_address()
+
+
+@contextmanager
+def failure_as_role_error() -> Iterator[None]:
+    """The driver must not need this room's libraries to read an error."""
+    from distrl.sync.collective import TransferFailed
+
+    try:
+        yield
+    except TransferFailed as error:
+        log.warning("not sent: %s", error)
+        raise RoleError(str(error)) from None
 
 
 def _end(error: BaseException) -> None:
@@ -238,6 +280,11 @@ def _end(error: BaseException) -> None:
     os._exit(DEAD_ENGINE)
 
 
-def remote(cls: type) -> Any:
-    """The Ray actor class of a plain class; it is never restarted or retried by Ray itself."""
-    return ray.remote(max_restarts=0, max_task_retries=0)(cls)
+def remote(cls: type, groups: Mapping[str, int] | None = None) -> Any:
+    """The Ray actor class of a plain class; it is never restarted or retried by Ray itself.
+
+    groups: calls that run beside the others, by name of the group: how many at once. Without
+    any, a class like the learner's runs its calls in the main thread, otherwise in one other.
+    """
+    beside: dict[str, Any] = {"concurrency_groups": dict(groups)} if groups else {}
+    return ray.remote(max_restarts=0, max_task_retries=0, **beside)(cls)

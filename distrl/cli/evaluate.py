@@ -119,7 +119,8 @@ async def _compare(config: Config, before: Path, after: Path, prompts: list[Prom
     scoring = with_default_part(config.score, reward_model or before)
     scorer = LocalScorer(scoring, load_tokenizer(before))
     judge = resolve_judge(config.evaluate.judge) if config.evaluate.judge else None
-    generator = VLLMGenerator("evaluator", _spec(config, before), config.sync)
+    here = config.sync.model_copy(update={"transport": "shm"})  # there is no learner to send
+    generator = VLLMGenerator("evaluator", _spec(config, before), here)
     publisher = SharedMemoryPublisher()
     try:
         await generator.start()

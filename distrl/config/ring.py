@@ -107,11 +107,17 @@ class ScoreConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the generators, and the proof that they did."""
 
-    transport: Literal["shm"] = Field(
+    transport: Literal["shm", "gloo", "nccl"] = Field(
         default="shm",
-        description="shm: shared memory on the learner's machine, Ray's object store to others",
+        description="shm: shared memory on the learner's machine, Ray's object store to others; "
+        "gloo: sent by the learner over TCP; nccl: sent from GPU to GPU, by vLLM's own back end "
+        "(not tried on GPUs yet)",
     )
-    timeout_s: float = Field(default=120, gt=0, description="deadline of every call of a sync")
+    timeout_s: float = Field(
+        default=120,
+        gt=0,
+        description="deadline of a sync on each side: to meet, to send or receive, to prove it",
+    )
     canary_tolerance: float = Field(
         default=1e-3,
         gt=0,

@@ -103,6 +103,12 @@ class Config(Section):
                 f"engine's {longest} tokens (data.max_prompt_tokens + generate.max_new_tokens, or "
                 f"generate.max_model_len); set sync.canary_tokens to {longest - 1} or less"
             )
+        if self.sync.transport == "nccl" and min(self.learn.gpus, self.generate.gpus) < 1:
+            raise ConfigError(
+                "sync.transport=nccl goes from a GPU of the learner's to other GPUs, and "
+                f"learn.gpus={self.learn.gpus:g}, generate.gpus={self.generate.gpus:g}; give each "
+                "at least 1, or set sync.transport=gloo (over TCP) or shm (through memory)"
+            )
         halves = [
             f"{name}={dtype}"
             for name, dtype in (

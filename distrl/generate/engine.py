@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distrl.config import GenerateConfig
-from distrl.sync.vllm_plugin import BACKEND, DIE_WITH_PARENT
+from distrl.sync.vllm_plugin import BACKENDS, DIE_WITH_PARENT
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -32,15 +32,21 @@ class EngineSpec:
     seed: int
     cores: str | None = None
 
+    @property
+    def workers(self) -> int:
+        """Processes that share the model (tensor parallel)."""
+        return max(1, int(self.config.gpus))
+
 
 SOCKETS = "distrl-vllm-"
 """Folders of engines' sockets are named so, and by the process that has the engine."""
 
 
-def start_engine(spec: EngineSpec, sockets: Path) -> AsyncLLM:
+def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
     """Start an engine and wait until it serves (half a minute, mostly imports).
 
-    vLLM never removes its sockets; it puts them into `sockets`, which the caller removes.
+    transport: how it will be given weights (`sync.transport`). sockets: a folder for vLLM's,
+    which it never removes; the caller does.
 
     Must be called from a running event loop's thread that lives as long as the engine.
     Raises what vLLM raises when the engine cannot start.
@@ -57,7 +63,7 @@ def start_engine(spec: EngineSpec, sockets: Path) -> AsyncLLM:
         seed=spec.seed,
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.config.max_num_seqs,
-        tensor_parallel_size=max(1, int(spec.config.gpus)),
+        tensor_parallel_size=spec.workers,
         gpu_memory_utilization=spec.config.gpu_memory,
         kv_cache_memory_bytes=None if on_gpu else int(spec.config.kv_cache_gib * 2**30),
         enforce_eager=not on_gpu,
@@ -67,7 +73,7 @@ def start_engine(spec: EngineSpec, sockets: Path) -> AsyncLLM:
         disable_log_stats=True,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]),
         trust_remote_code=False,
     )
     return AsyncLLM.from_engine_args(args)

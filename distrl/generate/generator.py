@@ -26,8 +26,9 @@ from distrl.config import SyncConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.generate.engine import SOCKETS, EngineSpec, start_engine
 from distrl.generate.records import IncompleteOutput, to_rollout, token_logprobs
-from distrl.records import GroupInfo, Parcel, Prompt, Rollout, Weights
+from distrl.records import GroupInfo, Offer, Parcel, Prompt, Rollout, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
+from distrl.sync.vllm_calls import arriving, in_memory, meeting
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
@@ -74,6 +75,7 @@ class VLLMGenerator:
         self._gate: Gate | None = None
         self._releasing: asyncio.Task[None] | None = None
         self._collectors: set[RequestOutputCollector] = set()
+        self._met: tuple[str, int] | None = None
         self._sockets = Path(tempfile.mkdtemp(prefix=f"{SOCKETS}{os.getpid()}-"))
 
     async def start(self) -> None:
@@ -83,7 +85,7 @@ class VLLMGenerator:
 
     async def _launch(self) -> None:
         self._sockets.mkdir(exist_ok=True)
-        self._engine = start_engine(self.spec, self._sockets)
+        self._engine = start_engine(self.spec, self._sockets, self.sync.transport)
         await self._engine.update_weight_version("0")
 
     @property
@@ -235,9 +237,10 @@ class VLLMGenerator:
 
     # -- weights ------------------------------------------------------------------
 
-    async def load_weights(self, weights: Weights) -> None:
+    async def load_weights(self, weights: Weights, offer: Offer | None = None) -> None:
         """Take on `weights` with requests in flight, and prove it by the canary.
 
+        offer: of the learner, which is sending them at the same time; None: they lie in memory.
         Raises CanaryMismatch (load again, or replace this generator), or WorkerDied
         where the transfer failed: the engine may hold half of each version then, and is
         stopped.
@@ -245,7 +248,7 @@ class VLLMGenerator:
         async with self._updating:
             self._proven.clear()
             try:
-                gap = await self._load(weights)
+                gap = await self._load(weights, offer)
             except WorkerDied:
                 await self.close()
                 raise
@@ -258,11 +261,11 @@ class VLLMGenerator:
                 )
             self._proven.set()
 
-    async def _load(self, weights: Weights) -> float:
+    async def _load(self, weights: Weights, offer: Offer | None) -> float:
         """Transfer, then the canary's gap in nats; all within the deadline."""
         try:
             async with asyncio.timeout(self.sync.timeout_s):
-                await self._alive(self._transfer(weights))
+                await self._alive(self._transfer(weights, offer))
                 return await self._alive(self._canary_gap(weights))
         except TimeoutError:
             raise WorkerDied(
@@ -270,18 +273,30 @@ class VLLMGenerator:
                 f"sync.timeout_s={self.sync.timeout_s:g}"
             ) from None
 
-    async def _transfer(self, weights: Weights) -> None:
+    async def _transfer(self, weights: Weights, offer: Offer | None = None) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        update = {"path": weights.locator, "nbytes": weights.nbytes}
+        update = in_memory(weights) if offer is None else arriving(offer)
         await self.engine.pause_generation(mode="keep", clear_cache=True)
         try:
+            if offer is not None:
+                await self._meet(offer)
             await self.engine.start_weight_update()
             await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update))
             await self.engine.finish_weight_update(weight_version=str(weights.version))
         except Exception as error:  # vLLM hands on its workers' errors as plain Exception
             raise WorkerDied(f"{self.name}: weight transfer failed: {error}") from error
         await self.engine.resume_generation()
+
+    async def _meet(self, offer: Offer) -> None:
+        """Have the engine's workers and the learner make a group, unless there is one."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        place = (offer.host, offer.port)
+        if place != self._met:
+            request = WeightTransferInitRequest(init_info=meeting(offer))
+            await self.engine.init_weight_transfer_engine(request)
+            self._met = place
 
     async def _canary_gap(self, weights: Weights) -> float:
         """Largest difference (nats) between engine and learner on the probe."""
@@ -323,6 +338,7 @@ class VLLMGenerator:
     async def close(self) -> None:
         """Stop the engine and its processes; who waits gets WorkerDied. May be called twice."""
         engine, self._engine = self._engine, None
+        self._met = None
         gone = WorkerDied(f"{self.name}: its engine was stopped")
         for collector in self._collectors:
             collector.put(gone)

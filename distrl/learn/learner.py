@@ -302,6 +302,7 @@ class PolicyLearner:
             self.networks.policy_state(),
             self.publisher,
             version=self.version,
+            transport=self.spec.transport,
             probe=probe_ids(len(self.tokenizer), self.spec.canary_tokens),
             read=self._read_probe,
         )

@@ -36,6 +36,7 @@ class LearnerSpec:
         longest: tokens that a response may have.
         temperature: of sampling; log-probabilities are of logits / temperature.
         canary_tokens: length of the probe that proves a sync.
+        transport: how published weights are to travel (`sync.transport`).
         scratch: folder where the batch of a non-finite step is kept.
         recording: folder where every step is recorded for a replay; None: nowhere.
         pretrain: examples for PPO-ptx (`pretrain.py`); None: no such gradient.
@@ -55,5 +56,6 @@ class LearnerSpec:
     scratch: Path
     recording: Path | None = None
     pretrain: Path | None = None
+    transport: str = "shm"
     threads: int | None = None
     place: Place | None = None

@@ -22,18 +22,20 @@ def publish(
     publisher: SharedMemoryPublisher | Bystander,
     *,
     version: int,
+    transport: str = "shm",
     probe: Int32s,
     read: Callable[[Int32s], Float32s],
 ) -> Weights:
     """Put a causal language model's weights into shared memory.
 
-    state: the weights under the engine's names. probe: `probe_ids`. read: the model's
+    state: the weights under the engine's names. transport: how they go on from there; what
+    travels is always the image that was checked here. probe: `probe_ids`. read: the model's
     log-probabilities on them, as `probe_logprobs` gives them. Raises NonFiniteWeights.
     """
     locator, nbytes = publisher.publish(checkpoint_tensors(state), version)
     return Weights(
         version=version,
-        transport="shm",
+        transport=transport,
         locator=locator,
         nbytes=nbytes,
         probe_ids=probe,

@@ -1,4 +1,5 @@
-"""Weights in shared memory: the learner's half of the `shm` transport.
+"""Weights in shared memory: all of the learner's half of the `shm` transport, and what the others
+send from.
 
 Each published version is one safetensors image in an anonymous memory file
 (`memfd_create`), reached by other processes of the same machine and user as
@@ -16,6 +17,8 @@ from typing import BinaryIO
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from distrl.records import Weights
 
 KEPT_VERSIONS = 2
 """A generator may still be reading the version before while the next is written."""
@@ -127,8 +130,22 @@ def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
+def still_held(weights: Weights) -> bool:
+    """Whether a version's image is still where it was published: a descriptor that was closed may
+    be that of a newer version by now."""
+    try:
+        held = os.readlink(weights.locator)
+    except OSError:
+        return False
+    return held.split()[0] == f"/memfd:{_name(weights.version)}"
+
+
+def _name(version: int) -> str:
+    return f"distrl-weights-{version}"
+
+
 def _memory_file(version: int) -> BinaryIO:
-    return os.fdopen(os.memfd_create(f"distrl-weights-{version}"), "wb", buffering=0)
+    return os.fdopen(os.memfd_create(_name(version)), "wb", buffering=0)
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:

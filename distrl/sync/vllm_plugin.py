@@ -1,10 +1,10 @@
 """What distrl adds to each of vLLM's processes, by vLLM's own entry points.
 
 `register` (group `vllm.general_plugins`): the worker that loads the weights learns the `shm`
-transport. `end_with_starter` (group `vllm.platform_plugins`, called as soon as vLLM is imported):
-an engine's process ends with the process that started it, however that ends. A killed actor
-would leave it holding memory, and one that is killed while its engine starts would leave it
-waiting for five minutes.
+and `gloo` transports; `nccl` is vLLM's own. `end_with_starter` (group `vllm.platform_plugins`,
+called as soon as vLLM is imported): an engine's process ends with the process that started it,
+however that ends. A killed actor would leave it holding memory, and one that is killed while its
+engine starts would leave it waiting for five minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import os
 import signal
 from pathlib import Path
 
-BACKEND = "distrl_shm"
+BACKENDS = {"shm": "distrl_shm", "gloo": "distrl_gloo", "nccl": "nccl"}
+"""vLLM's names of our transports."""
+
+OURS = {
+    "shm": ("distrl.sync.vllm_transfer", "SharedMemoryTransfer"),
+    "gloo": ("distrl.sync.vllm_gloo", "GlooTransfer"),
+}
+"""Modules and classes of the transports that vLLM has to be told of."""
+
 DIE_WITH_PARENT = "DISTRL_ENGINE_DIES_WITH_PARENT"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,10 +31,9 @@ def register() -> None:
     """Called by vLLM once or more in each process."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            BACKEND, "distrl.sync.vllm_transfer", "SharedMemoryTransfer"
-        )
+    for transport, where in OURS.items():
+        if BACKENDS[transport] not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(BACKENDS[transport], *where)
     end_with_starter()
 
 

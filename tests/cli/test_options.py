@@ -104,7 +104,15 @@ REFUSED = {
     "canary": (["--sync.canary_tokens", "99"], ["sync.canary_tokens=99", "51 or less"]),
     "heads": (["--model.heads", "7"], ["model.hidden=192", "model.heads=7"]),
     "no policy": (["--sft.epochs", "0"], ["sft.epochs=0", "model.path"]),
-    "no such transport": (["--sync.transport", "nccl"], ["sync.transport", "shm"]),
+    "no such transport": (["--sync.transport", "pigeon"], ["sync.transport", "'shm', 'gloo'"]),
+    "GPUs of a transport": (
+        ["--sync.transport", "nccl", "--generate.gpus", "1"],
+        ["sync.transport=nccl", "learn.gpus=0", "generate.gpus=1", "sync.transport=gloo"],
+    ),
+    "a part of a GPU": (
+        ["--sync.transport", "nccl", "--generate.gpus", "0.5", "--learn.gpus", "0.5"],
+        ["generate.gpus=0.5", "give each at least 1"],
+    ),
     "reward part": (
         ["--score.parts", '[{"name": "a"}]'],
         ["'a'", "needs either model or function"],

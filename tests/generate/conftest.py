@@ -116,9 +116,8 @@ def policies(sharp_policy: Path) -> Iterator[Policies]:
     policies.publisher.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(sharp_policy: Path) -> AsyncIterator[VLLMGenerator]:
-    """One engine, as slow to start as any: share it."""
+@pytest.fixture(scope="module")
+def engine_spec(sharp_policy: Path) -> EngineSpec:
     torch.set_num_threads(1)
     config = GenerateConfig(
         samples_per_prompt=4,
@@ -127,8 +126,13 @@ async def engine(sharp_policy: Path) -> AsyncIterator[VLLMGenerator]:
         max_num_seqs=32,
         kv_cache_gib=0.25,
     )
-    spec = EngineSpec(model=sharp_policy, config=config, max_model_len=CONTEXT, seed=7)
-    generator = VLLMGenerator("g0", spec, SyncConfig(timeout_s=60))
+    return EngineSpec(model=sharp_policy, config=config, max_model_len=CONTEXT, seed=7)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(engine_spec: EngineSpec) -> AsyncIterator[VLLMGenerator]:
+    """One engine, as slow to start as any: share it."""
+    generator = VLLMGenerator("g0", engine_spec, SyncConfig(timeout_s=60))
     await generator.start()
     yield generator
     await generator.close()

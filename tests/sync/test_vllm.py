@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ def test_the_plugin_is_found_by_vllm_and_registers_once(monkeypatch):
     )
     register()
     register()
-    assert registered == [vllm_plugin.BACKEND]
-    engine = WeightTransferEngineFactory._registry[vllm_plugin.BACKEND]()
-    assert engine.__name__ == "SharedMemoryTransfer"
+    assert registered == ["distrl_shm", "distrl_gloo"]
+    engines = [WeightTransferEngineFactory._registry[name]().__name__ for name in registered]
+    assert engines == ["SharedMemoryTransfer", "GlooTransfer"]
 
 
 class Model:
@@ -62,6 +63,35 @@ def test_an_image_reaches_the_models_loader(transfer):
     with pytest.raises(ValueError, match="32 bytes of weights where 40 were sent"):
         transfer.receive_weights(SharedMemoryUpdate(path=path, nbytes=40))
     publisher.close()
+
+
+def test_all_that_is_sent_is_taken_whatever_the_loader_asks_for():
+    """The learner would wait for the rest until its deadline."""
+    from distrl.sync.vllm_gloo import GlooTransfer
+
+    class Picky(Model):
+        def load_weights(self, weights):
+            self.loaded = dict([next(iter(weights))])
+
+    class Group:
+        taken = 0
+
+        def receive(self, infos):
+            for info in infos:
+                self.taken += 1
+                yield info.name, torch.zeros(info.shape)
+
+    transfer: Any = object.__new__(GlooTransfer)
+    vars(transfer).update(model=Picky(), device=torch.device("cpu"))
+    told = {"names": ["a", "b"], "dtype_names": ["float32"] * 2, "shapes": [[2], []]}
+    update = transfer.parse_update_info(told)
+    with pytest.raises(RuntimeError, match="not met before"):
+        transfer.receive_weights(update)
+    group = transfer._group = Group()
+    transfer.receive_weights(update)
+    assert list(transfer.model.loaded) == ["a"] and group.taken == 2
+    transfer.shutdown()
+    assert transfer._group is None
 
 
 def test_a_registered_child_ends_with_the_process_that_started_it():
