@@ -5,9 +5,10 @@
 Ours: a PPO step (policy, reference and critic read once, then one epoch of minibatches with both
 optimizers) on rollouts of mixed length, 12 + 8 to 48 tokens. Bare: as many tokens in batches
 without a pad, and on them only the passes that PPO cannot do without, by transformers itself:
-three forward, and one forward and backward of a language-model loss and of a critic's, with the
-same optimizers. The two in turns, random weights. Useful tokens are those of prompts and
-responses. Threshold, set before the first run: 0.9.
+one forward of the reference, one of policy and critic on all but the first minibatch, and one
+forward and backward of a language-model loss and of a critic's, with the same optimizers; torch's
+threads inside its operations, as it comes. The two in turns, random weights. Useful tokens are
+those of prompts and responses. Threshold, set before the first run: 0.9.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
         keep_freed_memory()
         make_policy(Path(scratch), options.hidden, options.layers)
         learner = PolicyLearner(make_spec(Path(scratch), options.threads))
-        ours, bare = _ours(learner), _Bare(learner)
+        ours, bare = _ours(learner), _Bare(learner, options.threads)
         for run in (ours, bare):
             run()  # what is allocated once is not timed
         times: dict[str, list[float]] = {"ours": [], "bare": []}
@@ -139,7 +140,8 @@ def _ours(learner: PolicyLearner) -> Callable[[], Any]:
 class _Bare:
     """The passes alone, on the learner's own networks, in batches of its size."""
 
-    def __init__(self, learner: PolicyLearner) -> None:
+    def __init__(self, learner: PolicyLearner, threads: int) -> None:
+        self.threads = threads
         self.networks, self.micro_tokens = learner.networks, learner.config.micro_tokens
         tokens = int(make_batch(learner.version).lengths_B.sum())
         width = PROMPT + (SHORTEST + LONGEST) // 2
@@ -152,10 +154,13 @@ class _Bare:
             self.networks.policy, self.networks.critic, self.networks.reference
         )  # fmt: skip
         assert critic is not None and reference is not None
+        inner = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
         with torch.no_grad():
             for ids in self._micro(torch.cat(self.batches)):
-                policy.model(input_ids=ids, use_cache=False)
                 reference.model(input_ids=ids, use_cache=False)
+            for ids in self._micro(torch.cat(self.batches[1:])):
+                policy.model(input_ids=ids, use_cache=False)
                 _values(critic, ids)
         for batch in self.batches:
             for ids in self._micro(batch):
@@ -164,6 +169,7 @@ class _Bare:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+        torch.set_num_threads(inner)
 
     def _micro(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ids.split(max(1, self.micro_tokens // ids.shape[1]))

@@ -24,18 +24,20 @@ R = TypeVar("R")
 
 
 class Crew:
-    """`size` threads; a crew of one is the thread that asks."""
+    """`size` threads with `inner` cores each; a crew of one is the thread that asks."""
 
-    def __init__(self, size: int = 1) -> None:
+    def __init__(self, size: int = 1, inner: int = 1) -> None:
         self.size = size
-        self._pool = ThreadPoolExecutor(size, "crew") if size > 1 else None
+        self._pool = None
+        if size > 1:  # how many cores torch uses is a thread's own affair
+            self._pool = ThreadPoolExecutor(size, "crew", torch.set_num_threads, (inner,))
 
     @classmethod
     def of_cores(cls, cores: int) -> Crew:
         """A crew that keeps `cores` busy; sets torch's own threads in this process."""
         size = next(size for size in range(min(cores, LARGEST), 0, -1) if cores % size == 0)
         torch.set_num_threads(cores // size)
-        return cls(size)
+        return cls(size, cores // size)
 
     def run(self, work: Callable[[T], R], loads: Sequence[T]) -> list[R]:
         """`work` of each load, in their order, with gradients or without as the caller has it.
@@ -44,11 +46,9 @@ class Crew:
         """
         if self._pool is None or len(loads) < 2:
             return [work(load) for load in loads]
-        with_gradients, inner = torch.is_grad_enabled(), torch.get_num_threads()
+        with_gradients = torch.is_grad_enabled()  # this is a thread's own as well
 
         def member(load: T) -> R:
-            # Both are a thread's own.
-            torch.set_num_threads(inner)
             with torch.set_grad_enabled(with_gradients):
                 return work(load)
 
