@@ -2,8 +2,8 @@
 
 Each takes sequences of its own and computes with one core, as if it were a rank of a learner. The
 usual way, one pass with the threads inside every operation, has them wait for each other thousands
-of times a step: on two cores 1.77 times as fast as one against 1.90 here (4 M parameters), and eight
-times slower than one, instead of no faster, as soon as something else wants a core.
+of times a step: on two cores 1.77 times as fast as one against 1.90 here (4 M parameters), and
+eight times slower than one, instead of no faster, as soon as something else wants a core.
 """
 
 from __future__ import annotations
