@@ -358,7 +358,11 @@ def test_ctrl_c_leaves_nothing_behind(interrupted: Run) -> None:
 
 def test_ctrl_c_while_the_actors_start(begin: Callable[..., Run]) -> None:
     run = begin("train")
-    run.wait_until(lambda: [p for p in run.family() if p.name().startswith("VLLM")])
+    log = run.folder / "logs" / "generator-0.log"
+    # vLLM's first word from there: the engine's own process comes next. Asked of the file, as to
+    # look through all processes may take, on a busy machine, longer than an engine's start.
+    run.wait_until(lambda: log.exists() and "MainProcess" in log.read_text(errors="replace"))
+    time.sleep(2)
     run.interrupt(signal.SIGINT)
     assert run.end(60) == 130, run.output
     assert "distrl train: interrupted" in run.output
