@@ -38,6 +38,11 @@ class EngineSpec:
         return max(1, int(self.config.gpus))
 
 
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""On CPUs vLLM computes in a process beside the scheduler's, as threads must be bound to cores by
+a process's environment. We bind the scheduler's own, with vLLM's own settings, and compute there:
+the engine starts in half the time, and nothing waits for the other one at each token."""
+
 SOCKETS = "distrl-vllm-"
 """Folders of engines' sockets are named so, and by the process that has the engine."""
 
@@ -54,6 +59,7 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
     os.environ.update(_environment(spec) | {"VLLM_RPC_BASE_PATH": str(sockets)})
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_gpu = spec.config.gpus > 0
@@ -64,6 +70,7 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.config.max_num_seqs,
         tensor_parallel_size=spec.workers,
+        distributed_executor_backend=None if on_gpu else ONE_PROCESS,
         gpu_memory_utilization=spec.config.gpu_memory,
         kv_cache_memory_bytes=None if on_gpu else int(spec.config.kv_cache_gib * 2**30),
         enforce_eager=not on_gpu,
@@ -76,7 +83,9 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
         weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]),
         trust_remote_code=False,
     )
-    return AsyncLLM.from_engine_args(args)
+    config = args.create_engine_config()
+    with OMPProcessManager(config).configure_omp_envs(0, 0):  # without effect on a GPU
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
 def _environment(spec: EngineSpec) -> dict[str, str]:
