@@ -14,7 +14,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from common import ROOT, metrics, report, total, train_on
+from common import ROOT, metrics, report, spread, total, train_on
 from scipy import stats
 
 WARM_UP = 2
@@ -41,10 +41,10 @@ def main() -> None:
     report(
         "Synchronous over asynchronous",
         {
-            "wall-clock ratio sync/async": _spread(ratios),
-            "limit (slower side alone)": _spread(limits),
-            "final reward, sync": _spread(sync_rewards),
-            "final reward, async": _spread(async_rewards),
+            "wall-clock ratio sync/async": spread(ratios),
+            "limit (slower side alone)": spread(limits),
+            "final reward, sync": spread(sync_rewards),
+            "final reward, async": spread(async_rewards),
             "sync - async, 95 % interval": _difference(sync_rewards, async_rewards),
         },
         f"python benchmarks/async_vs_sync.py --steps {options.steps} --seeds {options.seeds}",
@@ -58,11 +58,6 @@ def _run(source: Path, steps: int, seed: int, *, staleness: int) -> list[dict[st
 
 def _final_reward(rows: list[dict[str, float]]) -> float:
     return statistics.fmean(row["reward/mean"] for row in rows[-LAST:])
-
-
-def _spread(values: list[float]) -> str:
-    listed = ", ".join(f"{v:.2f}" for v in values)
-    return f"{statistics.fmean(values):.2f}  ({listed})"
 
 
 def _difference(sync: list[float], overlapped: list[float]) -> str:

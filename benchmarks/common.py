@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,15 @@ GIB = 2**30
 
 
 def distrl(*words: str) -> None:
-    """Run one distrl command, its output shown. Raises CalledProcessError."""
+    """Run one distrl command, its output shown; it finds rewards by rule in `rules.py`. Raises
+    CalledProcessError."""
     print("$ distrl", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "distrl.cli", *words], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "distrl.cli", *words],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+    )
 
 
 def train_on(
@@ -65,6 +74,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def apart(work: Callable[..., Any], *words: Any) -> Any:
+    """`work(*words)` in a process of its own, so that what it loads is not in this one."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *words).result()
+
+
 def total(rows: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows)
 
@@ -96,6 +111,11 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory().total / GIB
     return f"{platform.processor() or platform.machine()}, {cores} cores, {memory:.0f} GiB"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and each of them."""
+    return f"{statistics.fmean(values):.2f}  ({', '.join(f'{v:.2f}' for v in values)})"
 
 
 def report(title: str, figures: dict[str, Any], command: str) -> None:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -33,14 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import GIB, ROOT, distrl, memory_watch, metrics, report
+from common import GIB, ROOT, apart, distrl, memory_watch, metrics, report
 
 # torch is loaded in processes of their own alone, so that the memory measured is not this one's.
 
@@ -123,13 +121,13 @@ def main() -> None:
     if options.steps is not None and options.steps <= WARM_UP:
         parser.error(f"--steps {options.steps}: the first {WARM_UP} are left out, so say more")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
-    python = _environment()
+    python = trl_environment()
     for name in options.workloads.split(","):
         with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
             _measure(name, Path(scratch), python, options.rounds, options.steps)
 
 
-def _environment() -> Path:
+def trl_environment() -> Path:
     """The interpreter of TRL's virtual environment, made where it is not there."""
     python, note = VENV / "bin" / "python", VENV / "peer_trl.json"
     first = [f"torch=={version('torch').partition('+')[0]}"]
@@ -150,7 +148,7 @@ def _measure(name: str, folder: Path, python: Path, rounds: int | None, steps: i
     """All rounds of a workload, and their report."""
     workload = WORKLOADS[name]
     rounds, steps = rounds or workload.rounds, steps or workload.steps
-    _apart(_prepare, name, folder, workload.batch * steps)
+    apart(_prepare, name, folder, workload.batch * steps)
     turns: dict[str, list[Turn]] = {side: [] for side in ("TRL", *VARIANTS)}
     for seed in range(rounds):
         job = Job(name=name, workload=workload, folder=folder, steps=steps, seed=seed)
@@ -162,12 +160,6 @@ def _measure(name: str, folder: Path, python: Path, rounds: int | None, steps: i
         _figures(workload, turns),
         f"python benchmarks/peer_trl.py --workloads {name} --rounds {rounds} --steps {steps}",
     )
-
-
-def _apart(work: Callable[..., Any], *words: Any) -> Any:
-    """`work(*words)` in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *words).result()
 
 
 # -- models and prompts, the same for both ---------------------------------------
@@ -280,7 +272,7 @@ def _ours(job: Job, variant: str) -> Turn:
         parts={name: _mean(rows, f"time/{name}") for name in names},
         tokens=_mean(rows, "rollout/length_mean"),
         peak_gib=memory.peak_bytes / GIB,
-        alone_s=_apart(_alone, job, VARIANTS[variant]),
+        alone_s=apart(_alone, job, VARIANTS[variant]),
     )
 
 

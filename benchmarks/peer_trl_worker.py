@@ -1,10 +1,11 @@
-"""TRL's side of `peer_trl.py`: PPO steps by its trainer, each timed.
+"""TRL's side of `peer_trl.py` and `peer_trl_reward.py`: PPO steps by its trainer, each timed.
 
     runs/peer_trl_venv/bin/python -I benchmarks/peer_trl_worker.py JOB.json
 
 Runs in TRL's own virtual environment and knows nothing of distrl. The job names the policy's
-folder, the prompts and the sizes; what was measured is written where its `out` says. What is left
-of a step when generation is taken off: reference, reward and values, then the updates.
+folder, the prompts and the sizes, and a reward model where rewards are to mean something; what was
+measured is written where its `out` says. What is left of a step when generation is taken off:
+reference, reward and values, then the updates.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ from trl.experimental.ppo import (  # pyright: ignore[reportMissingImports]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step and of the generation in it, and the tokens of its responses."""
+    """Seconds of each step and of the generation in it, the tokens of its responses, their scores
+    and their KL to the reference."""
 
     def __init__(self) -> None:
         self.last = 0.0
         self.step_s: list[float] = []
         self.generate_s: list[float] = []
         self.tokens: list[int] = []
+        self.scores: list[float] = []
+        self.kl: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.last = time.perf_counter()
@@ -48,6 +52,11 @@ class Clock(TrainerCallback):
         now = time.perf_counter()
         self.step_s.append(now - self.last)
         self.last = now
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "objective/scores" in logs:
+            self.scores.append(logs["objective/scores"])
+            self.kl.append(logs["objective/kl"])
 
     def around(self, generation: Callable[..., Any]) -> Callable[..., Any]:
         """`generation` with its seconds noted."""
@@ -70,8 +79,9 @@ def main() -> None:
     clock = Clock()
     trainer = _trainer(job, clock)
     ppo_trainer.batch_generation = clock.around(ppo_trainer.batch_generation)
+    ppo_trainer.get_reward = _ending(ppo_trainer.get_reward, trainer)
     trainer.train()
-    measured = {name: getattr(clock, name) for name in ("step_s", "generate_s", "tokens")}
+    measured = {name: value for name, value in vars(clock).items() if isinstance(value, list)}
     Path(job["out"]).write_text(json.dumps(measured))
 
 
@@ -97,12 +107,33 @@ def _language_model(job: dict[str, Any], *, use_cache: bool) -> Any:
 
 
 def _scalar_model(job: dict[str, Any]) -> Any:
-    """The policy's body with a random head."""
+    """The reward model of the job; where it has none, the policy's body with a random head."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        job["policy"], num_labels=1, dtype=torch.float32
+        job.get("reward_model", job["policy"]), num_labels=1, dtype=torch.float32
     )
     model.config.use_cache = False
+    if "reward_bias" in job:
+        head = torch.nn.Linear(model.score.in_features, 1)
+        head.weight = model.score.weight
+        torch.nn.init.constant_(head.bias, job["reward_bias"])
+        model.score = head
     return model
+
+
+def _ending(get_reward: Callable[..., Any], trainer: Any) -> Callable[..., Any]:
+    """`get_reward`, but the reward model reads an end of sequence after a response without one."""
+    end = trainer.processing_class.eos_token_id
+
+    def ending(model: Any, ids: torch.Tensor, pad: int, context: int) -> Any:
+        if model is trainer.reward_model:
+            ids = torch.cat([ids, ids.new_full((len(ids), 1), pad)], 1)
+            places = torch.arange(ids.shape[1])
+            after = torch.where(ids[:, context:] == pad, places[context:], ids.shape[1]).amin(1)
+            ended = ids.gather(1, after.unsqueeze(1) - 1) == end
+            ids = ids.scatter(1, after.unsqueeze(1), torch.where(ended, pad, end))
+        return get_reward(model, ids, pad, context)
+
+    return ending
 
 
 def _config(job: dict[str, Any]) -> Any:
@@ -133,9 +164,11 @@ def _config(job: dict[str, Any]) -> Any:
         num_mini_batches=job["minibatches"],
         response_length=job["response"],
         temperature=1.0,
-        stop_token=None,
+        stop_token="eos" if "reward_model" in job else None,
         missing_eos_penalty=None,
-        kl_coef=0.05,
+        kl_coef=job.get("kl_coef", 0.05),
+        adam_beta1=job.get("adam_betas", (0.9, 0.999))[0],
+        adam_beta2=job.get("adam_betas", (0.9, 0.999))[1],
     )
 
 

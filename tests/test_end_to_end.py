@@ -445,12 +445,6 @@ def test_two_ranks_share_the_learner_and_one_goes_on_from_there(
     assert len(list(halves)) == 2
     run.assert_nothing_left(within_s=10)
 
-    words = (*SYNCHRONOUS[:-2], "--driver.steps", "3", "--resume")
-    resumed = begin("train", *words, folder=run.folder.parent)
-    assert resumed.end() == 0, resumed.output
-    assert resumed.steps() == [1, 2, 3]
-    assert main(["audit", str(resumed.folder)]) == 0
-
 
 # -- a cluster that is already there: two machines, by the look of it ------------------------------
 

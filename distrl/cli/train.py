@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import shutil
 import signal
 import time
@@ -106,10 +107,16 @@ def report(config: Config, summary: Summary) -> int:
 def check_models(config: Config, policy: Path, reward_model: Path | None) -> None:
     """What the learner would only find once it is up. Raises ModelError or ConfigError."""
     learn = config.learn
-    if learn.compile and not any(map(shutil.which, COMPILERS)):
+    compiled = {"learn.compile=true": learn.compile, "learn.adam_bits=8": learn.adam_bits == 8}
+    asked = [setting for setting, wanted in compiled.items() if wanted]
+    if asked and not any(map(shutil.which, COMPILERS)):
         raise ConfigError(
-            f"learn.compile needs a C++ compiler ({', '.join(COMPILERS)}), and there is none on "
-            "the path; install one, or set learn.compile=false"
+            f"{' and '.join(asked)}: this needs a C++ compiler ({', '.join(COMPILERS)}), and there "
+            "is none on the path; install one, or leave it out"
+        )
+    if learn.adam_bits == 8 and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "learn.adam_bits=8 needs torchao: pip install 'distrl[eight-bit]', or set it to 32"
         )
     if learn.lora.rank:
         check_targets(policy, learn.lora)

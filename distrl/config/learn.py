@@ -256,6 +256,11 @@ class LearnConfig(Section):
         description="tf: epsilon beside the uncorrected second moment, as in the OpenAI recipes; "
         "their 1e-5 bites far harder there while gradients are small",
     )
+    adam_bits: Literal[8, 32] = Field(
+        default=32,
+        description="8: Adam's moments take a quarter of the memory (torchao); the step is "
+        "compiled, which needs a C++ compiler on a CPU",
+    )
     trust_engine_logprobs: bool = Field(
         default=False,
         description="tokens of the present weights keep the engine's log-probabilities as the "
@@ -297,6 +302,11 @@ class LearnConfig(Section):
                 "learn.objective.kind=sequence (GSPO) is a mean over sequences; set "
                 "learn.objective.aggregate=sequence"
             )
+        if self.adam_bits == 8 and self.adam_epsilon_in == "tf":
+            raise ConfigError(
+                "learn.adam_bits=8 is torchao's AdamW, whose epsilon is where torch has it; set "
+                "learn.adam_epsilon_in=torch"
+            )
         if self.value.trunk == "shared" and self.lora.rank:
             raise ConfigError(
                 "learn.lora freezes the policy's body, so a critic cannot share it; set "
@@ -312,10 +322,10 @@ class LearnConfig(Section):
                 f"learn.gpus={self.gpus:g} is of each of the {self.ranks} ranks, and a rank "
                 "computes on one; set it to 1, or to 0 for CPUs"
             )
-        if self.spread and self.record:
+        if self.record and not self.replayable:
             raise ConfigError(
                 "learn.record keeps batches for a replay to the bit, which takes a learner of one "
-                "process in float32; set learn.record=false"
+                "process in float32, and Adam of 32 bits; set learn.record=false"
             )
         if self.value.trunk == "shared" and self.value.start != "policy":
             raise ConfigError(
@@ -328,6 +338,12 @@ class LearnConfig(Section):
     def spread(self) -> bool:
         """Whether the networks are handled by FSDP2: spread over ranks, or in two precisions."""
         return self.ranks > 1 or self.dtype != "float32" or self.offload
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the same batches give the same weights to the bit, through a resume too: moments
+        of 8 bits are rounded once more when they are read back."""
+        return not self.spread and self.adam_bits == 32
 
     @property
     def has_critic(self) -> bool:

@@ -29,7 +29,7 @@ from distrl.learn.leash import leash, resume_leash
 from distrl.learn.measure import by_age, measure, part_means
 from distrl.learn.networks import Networks
 from distrl.learn.opening import Opening, read_opening
-from distrl.learn.optimizer import optimizer_for
+from distrl.learn.optimizer import optimizer_for, set_rate
 from distrl.learn.prepare import Prepared, prepare
 from distrl.learn.pretrain import Examples
 from distrl.learn.ranks import ALONE, Ranks
@@ -105,7 +105,7 @@ class PolicyLearner:
         wanted = self.config.record
         if wanted is None:
             small = sum(p.numel() for p in self.policy.parameters()) <= SMALL
-            wanted = small and not self.config.spread
+            wanted = small and self.config.replayable
         folder = self.spec.recording if wanted else None
         return Recorder(folder, int(self.config.record_mib * 2**20))
 
@@ -263,8 +263,7 @@ class PolicyLearner:
 
     def _descend(self, step: tuple[torch.optim.Optimizer, float]) -> None:
         optimizer, peak = step
-        for group in optimizer.param_groups:
-            group["lr"] = self._rate(peak)
+        set_rate(optimizer, self._rate(peak))
         optimizer.step()
 
     def _forget_gradients(self) -> None:

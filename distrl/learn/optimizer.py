@@ -1,4 +1,4 @@
-"""AdamW as the learner uses it, and TensorFlow's placement of epsilon."""
+"""AdamW as the learner uses it: in 8 bits, and with TensorFlow's placement of epsilon too."""
 
 from __future__ import annotations
 
@@ -20,9 +20,22 @@ def optimizer_for(module: nn.Module, config: LearnConfig) -> torch.optim.Optimiz
         "eps": config.adam_eps,
         "weight_decay": config.weight_decay,
     }
+    if config.adam_bits == 8:
+        from distrl.learn.eight_bit import EightBitAdamW
+
+        return EightBitAdamW(weights, **settings)
     if config.adam_epsilon_in == "tf":
         return TFAdamW(weights, **settings)
     return torch.optim.AdamW(weights, **settings, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step. It is a tensor where a compiled step reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class TFAdamW(torch.optim.Optimizer):

@@ -1,0 +1,100 @@
+"""DAPO's dynamic sampling on a reward of 0 or 1, where many groups have nothing to teach.
+
+    python benchmarks/dynamic_sampling.py --from runs/demo [--steps 30] [--seeds 2]
+
+The reward is 1 where VADER finds a continuation clearly positive (compound 0.5 or more), else 0.
+Groups of four under DAPO's loss, with `driver.skip_without_signal` (a group of four equal rewards
+is replaced by another prompt's before the learner sees it, and counted) and without. Both train on
+the same number of samples; what the replaced groups cost stands beside them.
+
+Thresholds, set before the first run: with it no trained batch holds a group of equal rewards, and
+the reward over all steps is at least that of the run without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, metrics, plot_rewards, report, spread, total, train_on
+from safetensors.torch import load_file
+
+SAMPLES = 4
+WORDS = [
+    "--score.parts", json.dumps([{"name": "liked", "function": "rules:liked"}]),
+    "--learn.advantage.kind", "group", "--no-learn.advantage.whiten",
+    "--learn.objective.clip_high", "0.28", "--learn.kl.place", "loss",
+    "--learn.kl.kind", "fixed", "--learn.kl.coef", "0.01",
+    "--generate.samples_per_prompt", str(SAMPLES), "--learn.record",
+]  # fmt: skip
+VARIANTS = {"with": ["--driver.skip_without_signal"], "without": []}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--from", dest="source", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    runs: dict[str, list[Path]] = {name: [] for name in VARIANTS}
+    for seed in range(options.seeds):
+        for name, words in VARIANTS.items():
+            runs[name].append(
+                train_on(
+                    options.source, steps=options.steps, seed=seed,
+                    label=f"dynamic-{name}", words=[*WORDS, *words],
+                )
+            )  # fmt: skip
+    rows = {name: [metrics(run) for run in those] for name, those in runs.items()}
+    areas = {name: [_area(of) for of in those] for name, those in rows.items()}
+    ahead = statistics.fmean(areas["with"]) - statistics.fmean(areas["without"])
+    silent = {name: [_silent(run) for run in those] for name, those in runs.items()}
+    picture = ROOT / "runs" / "dynamic_sampling.png"
+    plot_rewards(picture, {name: those[0] for name, those in rows.items()}, "dynamic sampling")
+    report(
+        "Dynamic sampling on a reward of 0 or 1",
+        {
+            **{f"{name}, mean reward of all steps": spread(of) for name, of in areas.items()},
+            "with - without >= 0": f"{'ok  ' if ahead >= 0 else 'MISS'} {ahead:+.3f}",
+            **{
+                f"{name}, reward of the last ten": spread(
+                    [statistics.fmean(row["reward/mean"] for row in of[-10:]) for of in those]
+                )
+                for name, those in rows.items()
+            },
+            "with, trained groups of equal rewards = 0": f"{_ok(silent['with'])}",
+            "without, share of such groups": spread(silent["without"]),
+            "with, groups replaced": spread([of[-1]["driver/drops"] for of in rows["with"]]),
+            **{
+                f"{name}, seconds": spread([total(of, "time/step") for of in those])
+                for name, those in rows.items()
+            },
+            "picture": str(picture),
+        },
+        f"python benchmarks/dynamic_sampling.py --steps {options.steps} --seeds {options.seeds}",
+    )
+
+
+def _ok(shares: list[float]) -> str:
+    return f"{'ok  ' if max(shares) == 0 else 'MISS'} {max(shares):.3f}"
+
+
+def _area(rows: list[dict[str, Any]]) -> float:
+    return statistics.fmean(row["reward/mean"] for row in rows)
+
+
+def _silent(run: Path) -> float:
+    """The share of trained groups whose rewards are all equal, by the run's recorded batches."""
+    groups = [
+        scores
+        for batch in sorted((run / "recording").glob("step_*.safetensors"))
+        for scores in load_file(batch)["scores_B"].reshape(-1, SAMPLES)
+    ]
+    return statistics.fmean(float(len(set(scores.tolist())) == 1) for scores in groups)
+
+
+if __name__ == "__main__":
+    main()
