@@ -1,4 +1,4 @@
-"""Weights in shared memory: the engine's half, run inside vLLM's worker processes.
+"""Weights in shared memory: the engine's half, run by vLLM's workers.
 
 vLLM drives a weight update as start, one or more chunks, finish. This class gives
 that protocol a transport of ours: the one chunk names a safetensors image in shared
