@@ -1,25 +1,27 @@
 """One supervised loop, for SFT and for reward models alike: the loss is an argument.
 
-For each batch: loss → backward → clip → AdamW step → report. A step whose loss or gradient
-is not finite changes nothing and is counted; three in a row stop the training.
+For each batch: loss → backward → clip → AdamW step → report, the first two by each thread of a crew
+for a share of the batch. A step whose loss or gradient is not finite changes nothing and is
+counted; three in a row stop the training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distrl.algo import lr_factor
+from distrl.models.crew import ALONE, Crew, Gradients
 
 MAX_SKIPS = 3
 BETAS = (0.9, 0.95)
 
-Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 
 
@@ -29,12 +31,13 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What a loss function answers for a batch.
+    """What a loss function answers for a batch, or for a share of it.
 
     Attributes:
         mean: scalar tensor in the graph; what is minimised.
-        count: how many items (tokens, pairs) `mean` is over: its weight in an epoch's mean.
-        metrics: further finite numbers to report.
+        count: how many items (tokens, groups) `mean` is over: its weight beside other shares', and
+            in an epoch's mean.
+        metrics: further finite numbers to report, means over the same items.
     """
 
     mean: Tensor
@@ -54,8 +57,8 @@ class TrainReport:
 
 def train(
     module: nn.Module,
-    batches_of_epoch: Callable[[int], Sequence[Batch]],
-    loss: Callable[[nn.Module, Batch], Loss],
+    batches_of_epoch: Callable[[int], Sequence[Sequence[Item]]],
+    loss: Callable[[nn.Module, Sequence[Item]], Loss],
     *,
     epochs: int,
     lr: float,
@@ -64,6 +67,7 @@ def train(
     grad_clip: float,
     on_step: OnStep,
     on_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {},
+    crew: Crew = ALONE,
 ) -> TrainReport:
     """Train `module` for some epochs; it is left in evaluation mode.
 
@@ -86,7 +90,7 @@ def train(
         seen = _Mean()
         for batch in batches:
             rate = lr * lr_factor(step, total, "cosine", warm)
-            answer = loss(module, batch)
+            answer = _with_gradients(module, batch, loss, crew)
             norm = _step(module, optimizer, answer.mean, rate, grad_clip)
             value = answer.mean.item()
             step += 1
@@ -114,16 +118,48 @@ def adamw(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
+def _with_gradients(
+    module: nn.Module,
+    batch: Sequence[Item],
+    loss: Callable[[nn.Module, Sequence[Item]], Loss],
+    crew: Crew,
+) -> Loss:
+    """The loss of a batch, its gradients left in the weights. Equal to the bit every time."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+
+    def work(share: Sequence[Item]) -> tuple[Loss, Gradients]:
+        gradients = Gradients(weights)
+        answer = loss(module, share)
+        gradients.backward(answer.mean * answer.count)
+        return replace(answer, mean=answer.mean.detach()), gradients
+
+    shares = [share for first in range(crew.size) if (share := batch[first :: crew.size])]
+    done = crew.run(work, shares)
+    count = max(sum(answer.count for answer, _ in done), 1)
+    for weight in weights:
+        weight.grad = None
+    for _, gradients in done:
+        gradients.hand_over()
+    for weight in weights:
+        if weight.grad is not None:
+            weight.grad /= count
+    parts = [(answer, answer.count / count) for answer, _ in done]
+    return Loss(
+        mean=torch.stack([answer.mean * part for answer, part in parts]).sum(),
+        count=sum(answer.count for answer, _ in done),
+        metrics={
+            name: sum(answer.metrics[name] * part for answer, part in parts)
+            for name in done[0][0].metrics
+        },
+    )
+
+
 def _step(
     module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float
 ) -> float | None:
     """One optimizer step; the gradient's norm before clipping, or None where it was skipped."""
-    optimizer.zero_grad(set_to_none=True)
-    if not torch.isfinite(loss):
-        return None
-    loss.backward()
     norm = float(nn.utils.clip_grad_norm_(module.parameters(), clip))
-    if not math.isfinite(norm):
+    if not (torch.isfinite(loss) and math.isfinite(norm)):
         return None
     for group in optimizer.param_groups:
         group["lr"] = rate

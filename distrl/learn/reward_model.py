@@ -32,6 +32,7 @@ from distrl.learn.loop import Loss, OnStep, train
 from distrl.learn.report import write_report
 from distrl.learn.reward_report import Agreement, agreement, plot_agreement
 from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
+from distrl.models.crew import crew_for
 from distrl.records import Float32s, Int32s
 
 FORWARD_TOKENS = 1024
@@ -87,17 +88,19 @@ def run_reward_model(
     model = ScalarModel.from_policy(language_model, seed).to(best_device())
     groups, cut = _groups(config, "train", tokenizer, settings.max_examples)
     held_out, cut_held_out = _groups(config, "validation", tokenizer, None)
-    trained = train(
-        model,
-        lambda epoch: batches(groups, settings.groups_per_step, seed + epoch),
-        lambda _, batch: group_loss(model, batch, settings),
-        epochs=settings.epochs,
-        lr=settings.lr,
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        grad_clip=settings.grad_clip,
-        on_step=on_step,
-    )
+    with crew_for(next(model.parameters()).device) as crew:
+        trained = train(
+            model,
+            lambda epoch: batches(groups, settings.groups_per_step, seed + epoch),
+            lambda _, batch: group_loss(model, batch, settings),
+            epochs=settings.epochs,
+            lr=settings.lr,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            on_step=on_step,
+            crew=crew,
+        )
     quality = judge(model, held_out, seed)
     cast(nn.Module, language_model).to(best_device())
     samples = reference_samples(config, language_model, tokenizer)
@@ -170,17 +173,16 @@ def group_loss(module: ScalarModel, batch: Sequence[Group], settings: RewardMode
     lead by `margin` for each point of rating between them (Llama 2's margin, made continuous).
     """
     scores = forward_rows(module, [ids for group in batch for ids in group.ids], FORWARD_TOKENS)
-    losses, right, pairs = [], 0, 0
+    losses, right = [], 0.0
     for group, scores_K in zip(batch, scores.split([len(g.ids) for g in batch]), strict=True):
         better, worse, gap = pairs_of(group.ratings_K, settings.min_gap)
         if not len(gap):
             continue
         margin = settings.margin * torch.as_tensor(gap, device=scores.device)
         losses.append(pairwise_loss(scores_K[better], scores_K[worse], margin))
-        right += int((scores_K[better] > scores_K[worse]).sum())
-        pairs += len(gap)
+        right += float((scores_K[better] > scores_K[worse]).float().mean())
     mean = torch.stack(losses).mean() if losses else scores.sum() * 0.0
-    return Loss(mean=mean, count=len(losses), metrics={"accuracy": right / max(pairs, 1)})
+    return Loss(mean=mean, count=len(losses), metrics={"accuracy": right / max(len(losses), 1)})
 
 
 def pairs_of(ratings_K: Float32s, min_gap: float) -> tuple[list[int], list[int], Float32s]:

@@ -31,6 +31,7 @@ from distrl.data.tokenizer import encode_example, load_tokenizer, train_tokenize
 from distrl.learn.loop import Loss, OnStep, train
 from distrl.learn.report import write_report
 from distrl.models import best_device, eos_id, load_policy, new_llama, save_policy
+from distrl.models.crew import ALONE, Crew, crew_for
 
 EVALUATION_TOKENS = 8192
 
@@ -73,8 +74,8 @@ class Example:
 def run_sft(config: Config, out: Path, on_step: OnStep = lambda *_: None) -> SFTReport:
     """Train a policy on the demonstrations; writes `out/policy` and `out/report.json`.
 
-    The same config and seed give the same policy on the same machine. Raises ModelError,
-    TrainingFailed, or what the data room raises for rows it cannot read.
+    The same config and seed give the same policy on as many cores of the same machine. Raises
+    ModelError, TrainingFailed, or what the data room raises for rows it cannot read.
     """
     start = time.perf_counter()
     rows = load_demonstrations(config.data, "train")
@@ -86,21 +87,23 @@ def run_sft(config: Config, out: Path, on_step: OnStep = lambda *_: None) -> SFT
     losses: list[float] = []
 
     def at_epoch_end(epoch: int) -> Mapping[str, float]:
-        losses.append(validation_loss(model, validation))
+        losses.append(validation_loss(model, validation, crew))
         return {"validation_loss": losses[-1]}
 
-    report = train(
-        model,
-        lambda epoch: batches(examples, config.sft.batch_tokens, config.run.seed + epoch),
-        next_token_loss,
-        epochs=config.sft.epochs,
-        lr=config.sft.lr,
-        warmup=config.sft.warmup,
-        weight_decay=config.sft.weight_decay,
-        grad_clip=config.sft.grad_clip,
-        on_step=on_step,
-        on_epoch=at_epoch_end,
-    )
+    with crew_for(model.device) as crew:
+        report = train(
+            model,
+            lambda epoch: batches(examples, config.sft.batch_tokens, config.run.seed + epoch),
+            next_token_loss,
+            epochs=config.sft.epochs,
+            lr=config.sft.lr,
+            warmup=config.sft.warmup,
+            weight_decay=config.sft.weight_decay,
+            grad_clip=config.sft.grad_clip,
+            on_step=on_step,
+            on_epoch=at_epoch_end,
+            crew=crew,
+        )
     save_policy(model, tokenizer, out / "policy")
     sft_report = SFTReport(
         steps=report.steps,
@@ -170,10 +173,9 @@ def collate(batch: Sequence[Example], device: torch.device) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, examples: Sequence[Example]) -> float:
+def validation_loss(model: nn.Module, examples: Sequence[Example], crew: Crew = ALONE) -> float:
     """Nats a response token over all of `examples`; NaN where there are none."""
-    total, count = 0.0, 0
-    for batch in batches(examples, EVALUATION_TOKENS, seed=0):
-        loss = next_token_loss(model, batch)
-        total, count = total + loss.mean.item() * loss.count, count + loss.count
-    return total / count if count else math.nan
+    plan = batches(examples, EVALUATION_TOKENS, seed=0)
+    losses = crew.run(lambda batch: next_token_loss(model, batch), plan)
+    count = sum(loss.count for loss in losses)
+    return sum(loss.mean.item() * loss.count for loss in losses) / count if count else math.nan

@@ -8,8 +8,9 @@ eight times slower than one, instead of no faster, as soon as something else wan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,21 @@ class Crew:
 
 
 ALONE = Crew()
+
+
+@contextmanager
+def crew_for(device: torch.device) -> Iterator[Crew]:
+    """A crew of the cores that torch has in this process, and gets back; alone on a GPU."""
+    if device.type != "cpu":
+        yield ALONE
+        return
+    cores = torch.get_num_threads()
+    crew = Crew.of_cores(cores)
+    try:
+        yield crew
+    finally:
+        crew.close()
+        torch.set_num_threads(cores)
 
 
 class Gradients:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 from distrl.learn.loop import Loss, TrainingFailed, adamw, train
+from distrl.models.crew import Crew
 
 SETTINGS = {"lr": 0.05, "warmup": 0.1, "weight_decay": 0.0, "grad_clip": 1.0}
 
 
-def quadratic(module: nn.Module, target: float) -> Loss:
-    return Loss(mean=(module(torch.ones(1, 2)) - target).square().mean(), count=1)
+def quadratic(module: nn.Module, targets: Sequence[float]) -> Loss:
+    gaps = module(torch.ones(1, 2)) - torch.tensor(targets)
+    return Loss(mean=gaps.square().mean(), count=len(targets), metrics={"gap": gaps.mean().item()})
 
 
 def run(batches, *, loss=quadratic, epochs=1, module=None, **more):
@@ -21,7 +25,7 @@ def run(batches, *, loss=quadratic, epochs=1, module=None, **more):
     seen = []
     report = train(
         module,
-        lambda epoch: batches,
+        lambda epoch: [[target] for target in batches],
         loss,
         epochs=epochs,
         on_step=lambda step, total, metrics: seen.append((step, total, dict(metrics))),
@@ -57,7 +61,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too():
-    def steep(module, target):
+    def steep(module, targets):
         # the root's slope at 0 is infinite: a finite loss with a gradient that is not
         return Loss(mean=(module.weight * 0).sum().abs().sqrt(), count=1)
 
@@ -68,6 +72,41 @@ def test_a_gradient_that_is_not_finite_is_skipped_too():
 def test_three_in_a_row_stop_it_with_the_cause():
     with pytest.raises(TrainingFailed, match=r"3 steps in a row.*step 4, loss nan"):
         run([1.0] + [float("nan")] * 3)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_crew_comes_to_what_one_thread_does_and_to_the_same_bits_every_time(size):
+    """Of unequal shares, one of them with a weight of its own in the mean."""
+    batches = [[1.0, 2.0, 4.0, 8.0, 16.0], [3.0], [5.0, 7.0]]
+
+    def trained(crew):
+        torch.manual_seed(0)
+        module, seen = nn.Linear(2, 1), []
+        train(
+            module,
+            lambda epoch: batches,
+            quadratic,
+            epochs=2,
+            on_step=lambda *row: seen.append(row[2]),
+            crew=crew,
+            **SETTINGS,
+        )
+        rows = [(row["loss"], row["gap"], row["grad_norm"]) for row in seen if "loss" in row]
+        return module.weight.detach(), rows
+
+    crew = Crew(size)
+    try:
+        (weight, rows), (again, _), (alone, expected) = map(trained, (crew, crew, Crew()))
+    finally:
+        crew.close()
+    assert torch.equal(weight, again)
+    torch.testing.assert_close(weight, alone)
+    assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
+    torch.manual_seed(0)
+    plain = nn.Linear(2, 1)
+    quadratic(plain, batches[0]).mean.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    assert rows[0][2] == pytest.approx(norm.item())
 
 
 def test_no_batches_are_an_error():
@@ -96,7 +135,7 @@ def test_the_epoch_s_metrics_are_reported():
     seen = []
     train(
         nn.Linear(2, 1),
-        lambda epoch: [1.0] * (epoch + 1),
+        lambda epoch: [[1.0]] * (epoch + 1),
         quadratic,
         epochs=2,
         on_step=lambda *row: seen.append(row),

@@ -55,8 +55,11 @@ def config(source, **sections) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(source, tmp_path_factory):
+    """With two threads, each of which has sequences of its own."""
     out, seen = tmp_path_factory.mktemp("sft"), []
+    torch.set_num_threads(2)
     report = run_sft(config(source), out, lambda *row: seen.append(row))
+    assert torch.get_num_threads() == 2, "the cores are given back"
     return out, report, seen
 
 
@@ -127,6 +130,7 @@ def test_the_saved_policy_has_the_reported_loss(trained, source):
 
 def test_the_same_seed_gives_the_same_policy(trained, source, tmp_path):
     out, _, _ = trained
+    torch.set_num_threads(2)
     run_sft(config(source), tmp_path / "again")
     run_sft(config(source, run={"seed": 1}, sft={"epochs": 1}), tmp_path / "other")
     one, again, other = (
