@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from distrl.learn.loop import Loss, TrainingFailed, adamw, train
 from distrl.models.crew import Crew
 
-SETTINGS = {"lr": 0.05, "warmup": 0.1, "weight_decay": 0.0, "grad_clip": 1.0}
+SETTINGS: dict[str, Any] = {"lr": 0.05, "warmup": 0.1, "weight_decay": 0.0, "grad_clip": 1.0}
 
 
 def quadratic(module: nn.Module, targets: Sequence[float]) -> Loss:
