@@ -17,6 +17,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+LONGEST = ("test_stops", "test_schedules", "test_survivor", "test_processes", "test_cluster")
 SESSION = uuid.uuid4().hex
 SHM = Path("/dev/shm")
 
@@ -46,9 +47,14 @@ settings.load_profile("distrl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, for the sake of its worker; tests marked `gpu` are skipped where
+    """The longest files first, for the sake of their workers; tests marked `gpu` are skipped where
     there is no CUDA device."""
-    items.sort(key=lambda item: "test_end_to_end" not in item.nodeid)
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -1,0 +1,146 @@
+"""Synchronous runs that are stopped, killed, resumed, and shared by two ranks.
+
+- `interrupted`: Ctrl-C after step 3.
+- `killed`: the same recipe; kill -9 after step 3, its newest checkpoint damaged, resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distrl.checkpoint import Checkpoints
+from distrl.cli.main import main
+from distrl.metrics import read_jsonl
+from tests.end_to_end.process import RAY_AGENTS, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+SYNCHRONOUS = ("--driver.max_staleness", "0", "--driver.steps", "40")
+
+
+@pytest.fixture(scope="module")
+def interrupted(begin: Callable[..., Run]) -> Run:
+    run = begin("train", *SYNCHRONOUS)
+    run.wait_for_step(3)
+    run.interrupt(signal.SIGINT)
+    run.end(60)
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(begin: Callable[..., Run]) -> Run:
+    run = begin("train", *SYNCHRONOUS)
+    run.wait_for_step(3)
+    run.wait_until((run.folder / "checkpoints" / "step_000003" / "COMMITTED").exists)
+    run.process.kill()
+    run.end(10)
+    return run
+
+
+def test_ctrl_c_ends_with_a_checkpoint(interrupted: Run) -> None:
+    assert interrupted.process.returncode == 75, interrupted.output
+    steps = interrupted.steps()
+    assert steps == list(range(1, steps[-1] + 1))
+    newest = Checkpoints(interrupted.folder / "checkpoints", keep=50).latest()
+    assert newest is not None and newest.step == steps[-1]
+    said = interrupted.output
+    assert "stopping after this step" in said
+    assert f"stopped after step {steps[-1]} of 40" in said and "--resume" in said
+    assert "Traceback" not in said and "(raylet)" not in said, said
+
+
+def test_ctrl_c_leaves_nothing_behind(interrupted: Run) -> None:
+    interrupted.assert_nothing_left(within_s=10)
+
+
+def test_ctrl_c_while_the_actors_start(begin: Callable[..., Run]) -> None:
+    run = begin("train")
+    log = run.folder / "logs" / "generator-0.log"
+    # vLLM's first word from there: the engine's own process comes next. Asked of the file, as to
+    # look through all processes may take, on a busy machine, longer than an engine's start.
+    run.wait_until(lambda: log.exists() and "MainProcess" in log.read_text(errors="replace"))
+    time.sleep(2)
+    run.interrupt(signal.SIGINT)
+    assert run.end(60) == 130, run.output
+    assert "distrl train: interrupted" in run.output
+    assert "Traceback" not in run.output, run.output
+    run.assert_nothing_left(within_s=15)
+
+
+def test_kill_9_leaves_nothing_behind(killed: Run) -> None:
+    assert killed.process.returncode == -signal.SIGKILL
+    killed.assert_nothing_left(within_s=30, but=RAY_AGENTS)
+
+
+def test_a_synchronous_run_is_the_same_to_the_bit(interrupted: Run, killed: Run) -> None:
+    """Policy, critic and both optimizers after step 3, and what was measured on the way."""
+    for name in ("policy", "critic", "policy_optimizer", "critic_optimizer"):
+        path = Path("checkpoints", "step_000003", "learner", f"{name}.safetensors")
+        assert sha256(interrupted.folder / path) == sha256(killed.folder / path), name
+    for mine, other in zip(interrupted.rows()[:3], killed.rows()[:3], strict=True):
+        assert mine["staleness/max"] == 0
+        same = {k for k in mine if k.split("/")[0] in {"reward", "kl", "loss", "value", "ppo"}}
+        assert len(same) > 10
+        assert {k: mine[k] for k in same} == {k: other[k] for k in same}
+
+
+def test_resume_after_kill_9_and_a_damaged_checkpoint(
+    killed: Run, begin: Callable[..., Run]
+) -> None:
+    killed.assert_nothing_left(within_s=30, but=RAY_AGENTS)
+    newest = max(Checkpoints(killed.folder / "checkpoints").committed())
+    weights = killed.folder / f"checkpoints/step_{newest:06d}/learner/policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    last = newest + 1
+
+    words = ("--driver.max_staleness", "0", "--driver.steps", str(last))
+    refused = begin("train", *words, folder=killed.folder.parent)
+    assert refused.end(60) == 1
+    assert "--resume" in refused.output
+
+    scratch = {"TMPDIR": str(killed.scratch)}  # where it finds what the killed run left
+    resumed = begin("train", "--resume", *words, folder=killed.folder.parent, **scratch)
+    assert resumed.end() == 0, resumed.output
+    said = " ".join(resumed.output.split())
+    assert "skipping torn checkpoint" in said and f"step_{newest:06d}" in said
+    assert f"going on after step {newest - 1}" in said
+    assert resumed.steps() == list(range(1, last + 1))
+    assert [row["samples/total"] for row in resumed.rows()] == [8 * k for k in range(1, last + 1)]
+    tables = read_jsonl(resumed.folder / "tables" / "rollouts.jsonl")
+    assert len({(row["step"], row["prompt"], row["response"]) for row in tables}) == len(tables)
+    ids = {json.loads(m.read_text())["state"]["wandb_id"] for m in manifests(resumed)}
+    assert len(ids) == 1, "one W&B run"
+    assert (resumed.folder / "policy" / "model.safetensors").exists()
+    assert main(["audit", str(resumed.folder)]) == 0, "rolled back, tried again, counted once"
+    assert main(["replay", str(resumed.folder)]) == 0, "through the kill and the resume"
+    resumed.assert_nothing_left(within_s=10)
+    killed.assert_nothing_left(within_s=60)  # by now the agents too
+
+
+def manifests(run: Run) -> list[Path]:
+    return list(run.folder.glob("checkpoints/step_*/manifest.json"))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_two_ranks_share_the_learner(interrupted: Run, begin: Callable[..., Run]) -> None:
+    """The first step is on the same rollouts as that of a run with one; later ones drift apart
+    by roundings."""
+    run = begin("train", "--learn.ranks", "2", *SYNCHRONOUS[:-2], "--driver.steps", "2")
+    assert run.end() == 0, run.output
+    mine, other = run.rows()[0], interrupted.rows()[0]
+    for name in ("reward/mean", "kl/ref", "loss/policy", "value/loss", "ppo/entropy", "grad/norm"):
+        assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+    halves = run.folder.glob("checkpoints/step_000002/learner/policy.*-of-00002.safetensors")
+    assert len(list(halves)) == 2
+    run.assert_nothing_left(within_s=10)
