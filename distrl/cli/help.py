@@ -91,7 +91,9 @@ def _kind(annotation: Any) -> tuple[str, str]:
         if others:  # a number, or one of some words
             return METAVARS[annotation], f" (or {', '.join(get_args(others[0]))})"
     if get_origin(annotation) is Literal:
-        return "NAME", f" ({', '.join(get_args(annotation))})"
+        choices = get_args(annotation)
+        name = "NAME" if isinstance(choices[0], str) else METAVARS[type(choices[0])]
+        return name, f" ({', '.join(map(str, choices))})"
     if get_origin(annotation) is tuple:
         first, second = get_args(annotation)
         return ("JSON", "") if second is Ellipsis else (f"{METAVARS[first]},{METAVARS[second]}", "")

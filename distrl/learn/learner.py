@@ -85,7 +85,9 @@ class PolicyLearner:
             else None
         )
         self.pretrain = Examples.load(spec.pretrain) if spec.pretrain is not None else None
-        self.publisher = SharedMemoryPublisher() if self.ranks.first else Bystander()
+        self.publisher = (
+            SharedMemoryPublisher(spec.threads or 1) if self.ranks.first else Bystander()
+        )
         self.recorder = self._new_recorder()
         self.total_steps = spec.total_steps
         self.step = 0

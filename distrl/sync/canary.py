@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from distrl.records import Float32s, Int32s, Weights
-from distrl.sync.memory import Bystander, SharedMemoryPublisher, checkpoint_tensors
+from distrl.sync.memory import Bystander, SharedMemoryPublisher
 
 
 def publish(
@@ -32,7 +32,7 @@ def publish(
     travels is always the image that was checked here. probe: `probe_ids`. read: the model's
     log-probabilities on them, as `probe_logprobs` gives them. Raises NonFiniteWeights.
     """
-    locator, nbytes = publisher.publish(checkpoint_tensors(state), version)
+    locator, nbytes = publisher.publish(state, version)
     return Weights(
         version=version,
         transport=transport,

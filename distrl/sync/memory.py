@@ -13,6 +13,9 @@ import json
 import os
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
 from typing import BinaryIO
 
 import torch
@@ -31,8 +34,10 @@ class NonFiniteWeights(ValueError):
 class SharedMemoryPublisher:
     """Holds the newest versions of a set of weights for other processes to read."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        """threads: that write; most of a write is finding free pages of memory."""
         self._open: deque[BinaryIO] = deque()
+        self._writers = ThreadPoolExecutor(threads, "publish")
 
     def publish(self, tensors: Mapping[str, torch.Tensor], version: int) -> tuple[str, int]:
         """Write `tensors` to shared memory.
@@ -44,7 +49,7 @@ class SharedMemoryPublisher:
         """
         file = _memory_file(version)
         try:
-            nbytes = write_safetensors(file, tensors)
+            nbytes = write_safetensors(file, tensors, self._writers)
         except BaseException:
             file.close()
             raise
@@ -56,7 +61,7 @@ class SharedMemoryPublisher:
         Returns the path that a reader on this machine opens.
         """
         file = _memory_file(version)
-        _write_all(file, memoryview(image))
+        _write(file, memoryview(image), at=0)
         return self._hold(file)
 
     def _hold(self, file: BinaryIO) -> str:
@@ -69,6 +74,7 @@ class SharedMemoryPublisher:
         """Free all versions. May be called twice."""
         while self._open:
             self._open.popleft().close()
+        self._writers.shutdown()
 
 
 class Bystander:
@@ -77,7 +83,7 @@ class Bystander:
     def publish(self, tensors: Mapping[str, torch.Tensor], version: int) -> tuple[str, int]:
         """Raises NonFiniteWeights where `SharedMemoryPublisher` does."""
         for name, tensor in tensors.items():
-            _finite(name, tensor)
+            _gathered(name, tensor)
         return "", 0
 
     def close(self) -> None: ...
@@ -91,31 +97,43 @@ DTYPES = {
 }
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> int:
+PART = 2**22
+"""Elements of a tensor that one thread writes at a time."""
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, torch.Tensor], writers: ThreadPoolExecutor
+) -> int:
     """Write `tensors` in the safetensors format, one at a time; returns their bytes.
 
     The library's own writer either renames a temporary file into place, which an
-    anonymous file cannot have, or builds the whole image in memory first.
+    anonymous file cannot have, or builds the whole image in memory first; and it refuses a tied
+    pair. Here both names get their bytes: an engine that is sent the embedding alone keeps its old
+    output head without a word.
     Layout: header length (8 bytes, little-endian), JSON header, raw data.
     Raises NonFiniteWeights, naming the tensor.
     """
     header: dict[str, object] = {}
-    offset = 0
+    end = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
+            "data_offsets": [begin, end],
         }
-        offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    head = len(encoded).to_bytes(8, "little") + encoded
+    _write(file, memoryview(head), at=0)
+    at = len(head)
     for name, tensor in tensors.items():
-        bytes_N = _finite(name, tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        _write_all(file, bytes_N.data)
-    return offset
+        parts = _gathered(name, tensor).cpu().contiguous().view(-1).split(PART)
+        data = [part.view(torch.uint8).numpy().data for part in parts]
+        places = accumulate((len(part) for part in data), initial=at)
+        *places, at = places
+        list(writers.map(partial(_write, file), data, places))
+    return end
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,9 +141,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _gathered(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, every number finite. A finite sum says so; another one may be too large only."""
     gathered = whole(tensor.detach())
-    if not torch.isfinite(gathered).all():
+    if not (torch.isfinite(gathered.sum()) or torch.isfinite(gathered).all()):
         raise NonFiniteWeights(f"{name} holds a NaN or Inf; these weights are not published")
     return gathered
 
@@ -148,24 +167,8 @@ def _memory_file(version: int) -> BinaryIO:
     return os.fdopen(os.memfd_create(_name(version)), "wb", buffering=0)
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    """One write moves at most 2 GiB."""
+def _write(file: BinaryIO, data: memoryview, at: int) -> None:
+    """All of `data` from byte `at` on; one write moves at most 2 GiB."""
     while data:
-        data = data[file.write(data) :]
-
-
-def checkpoint_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face model's state under their checkpoint names.
-
-    `named_parameters` lists a tied pair once, under the embedding's name; an engine
-    that is sent the embedding alone keeps its old output head without a word. So the
-    head is sent too, as a tensor of its own (safetensors refuses shared storage).
-    """
-    seen: set[int] = set()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach()
-        place = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-        tensors[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return tensors
+        written = os.pwrite(file.fileno(), data, at)
+        data, at = data[written:], at + written

@@ -18,7 +18,7 @@ from distrl.generate.generator import VLLMGenerator
 from distrl.models import load_policy
 from distrl.records import Prompt, Rollout, Sample, Weights
 from distrl.sync.canary import probe_ids, probe_logprobs, publish_model
-from distrl.sync.memory import SharedMemoryPublisher, checkpoint_tensors
+from distrl.sync.memory import SharedMemoryPublisher
 
 CONTEXT = 288
 """More than two blocks of the CPU engine's cache (128 tokens each)."""
@@ -69,7 +69,7 @@ class Policies:
 
     def publish_without_head(self, version: int) -> Weights:
         """As if the tied output head had been forgotten."""
-        tensors = checkpoint_tensors(self[version].state_dict())
+        tensors = dict(self[version].state_dict())
         del tensors["lm_head.weight"]
         locator, nbytes = self.publisher.publish(tensors, version)
         probe = probe_ids(300, 24)

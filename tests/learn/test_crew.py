@@ -64,8 +64,10 @@ def test_each_thread_reads_its_own_sequences(new_learner, make_groups, monkeypat
     read: dict[str, int] = {}
     policy = learner.networks.policy
     forward = policy.forward
+    both = threading.Barrier(2, timeout=60)  # one thread alone would wait here
 
     def noted(ids_BL, *rest, **named):
+        both.wait()
         read[threading.current_thread().name] = len(ids_BL)
         return forward(ids_BL, *rest, **named)
 
