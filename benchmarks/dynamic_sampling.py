@@ -28,7 +28,7 @@ WORDS = [
     "--learn.advantage.kind", "group", "--no-learn.advantage.whiten",
     "--learn.objective.clip_high", "0.28", "--learn.kl.place", "loss",
     "--learn.kl.kind", "fixed", "--learn.kl.coef", "0.01",
-    "--generate.samples_per_prompt", str(SAMPLES), "--learn.record",
+    "--generate.samples_per_prompt", str(SAMPLES), "--learn.record", "true",
 ]  # fmt: skip
 VARIANTS = {"with": ["--driver.skip_without_signal"], "without": []}
 
