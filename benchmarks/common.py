@@ -52,10 +52,12 @@ def train_on(
     look at; remove its directory to have it done anew.
     """
     label = label or f"staleness-{staleness}"
+    trained = json.dumps([{"name": "human", "model": str(source / "reward-model" / "model")}])
+    parts = [] if "--score.parts" in words else ["--score.parts", trained]
     words = [
         "train", "--preset", "demo", "--fresh", "--run.seed", str(seed),
         "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
-        "--score.parts", f'[{{"name": "human", "model": "{source / "reward-model" / "model"}"}}]',
+        *parts,
         "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
         "--driver.checkpoint_every", str(steps), "--no-metrics.wandb", *words,
     ]  # fmt: skip
