@@ -128,16 +128,16 @@ def _with_gradients(
     weights = [p for p in module.parameters() if p.requires_grad]
 
     def work(share: Sequence[Item]) -> tuple[Loss, Gradients]:
-        gradients = Gradients(weights)
+        gradients = Gradients(weights if crew.size > 1 else None)
         answer = loss(module, share)
         gradients.backward(answer.mean * answer.count)
         return replace(answer, mean=answer.mean.detach()), gradients
 
+    for weight in weights:
+        weight.grad = None
     shares = [share for first in range(crew.size) if (share := batch[first :: crew.size])]
     done = crew.run(work, shares)
     count = max(sum(answer.count for answer, _ in done), 1)
-    for weight in weights:
-        weight.grad = None
     for _, gradients in done:
         gradients.hand_over()
     for weight in weights:
