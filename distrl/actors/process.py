@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,18 @@ def log_to(path: Path) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
+
+
+def keep_to(cores: Collection[int] | None) -> None:
+    """Have this process and those below it run on these CPU cores alone; a thread that is bound
+    to some of them already stays there. None: any core will do."""
+    if cores is None:
+        return
+    for process in (me := psutil.Process(), *me.children(recursive=True)):
+        for thread in Path(f"/proc/{process.pid}/task").glob("*"):
+            with contextlib.suppress(ProcessLookupError):
+                bound = os.sched_getaffinity(int(thread.name)) & set(cores)
+                os.sched_setaffinity(int(thread.name), bound or cores)
 
 
 def tail(path: Path, lines: int = 12) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import ray
 
 from distrl.actors.batching import Desk, Outcomes, unpacked
-from distrl.actors.process import left_when_killed, log_to, node_id
+from distrl.actors.process import keep_to, left_when_killed, log_to, node_id
 from distrl.config import ScoreConfig, SyncConfig
 from distrl.generate.engine import EngineSpec
 from distrl.learn.allocator import keep_freed_memory
@@ -49,18 +49,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Cores = tuple[int, ...] | None
-"""CPU cores that a process keeps to, with all that it starts; None: any."""
+"""CPU cores that an actor keeps to once it has started, with all that it started; None: any.
+Until then it takes what is free: most of a start is imports, and some actors have more of them."""
 
 DEAD_ENGINE = 75
 """Exit status of an actor whose engine died."""
 
 
-def _begin(path: Path, cores: Cores = None) -> None:
+def _begin(path: Path) -> None:
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for the driver, which ends its actors in order
     log_to(path)
     keep_freed_memory()
-    if cores is not None:
-        os.sched_setaffinity(0, cores)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
@@ -71,10 +70,11 @@ class GeneratorActor:
     def __init__(
         self, name: str, spec: EngineSpec, sync: SyncConfig, log_path: Path, cores: Cores = None
     ) -> None:
-        _begin(log_path, cores)
+        _begin(log_path)
         from distrl.generate.generator import VLLMGenerator
         from distrl.sync.memory import SharedMemoryPublisher
 
+        self.cores = cores
         self.generator = VLLMGenerator(name, spec, sync)
         self.images = SharedMemoryPublisher()
         self.desk = Desk()
@@ -85,6 +85,7 @@ class GeneratorActor:
 
     async def start(self) -> None:
         await self.generator.start()
+        keep_to(self.cores)
 
     def left_when_killed(self) -> list[Path]:
         return left_when_killed()
@@ -148,13 +149,14 @@ class ScorerActor:
         log_path: Path,
         cores: Cores = None,
     ) -> None:
-        _begin(log_path, cores)
+        _begin(log_path)
         from distrl.data.tokenizer import load_tokenizer
         from distrl.models.crew import ALONE, Crew
         from distrl.score.scorer import LocalScorer
 
         crew = ALONE if threads is None else Crew.of_cores(threads)
         self.scorer = LocalScorer(config, load_tokenizer(policy), name, crew=crew)
+        keep_to(cores)
         self.desk = Desk()
 
     async def node(self) -> str:
@@ -195,8 +197,8 @@ class LearnerActor:
     switchboard: Switchboard
 
     def __init__(self, spec: LearnerSpec, log_path: Path, cores: Cores = None) -> None:
-        _begin(log_path, cores)
-        self.spec = spec
+        _begin(log_path)
+        self.spec, self.cores = spec, cores
 
     def node(self) -> str:
         return node_id()
@@ -215,6 +217,7 @@ class LearnerActor:
 
         self.switchboard = Switchboard()
         self.learner = PolicyLearner(replace(self.spec, place=place))
+        keep_to(self.cores)
 
     def learn(
         self, where: Sequence[tuple[int, int]], oldest: int, *batches: Sequence[ScoredRollout]
