@@ -33,6 +33,7 @@ from distrl.learn.report import write_report
 from distrl.learn.reward_report import Agreement, agreement, plot_agreement
 from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
 from distrl.models.crew import crew_for
+from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s
 
 FORWARD_TOKENS = 1024
@@ -86,6 +87,7 @@ def run_reward_model(
     tokenizer = load_tokenizer(policy)
     language_model = load_policy(policy, tokenizer=tokenizer)
     model = ScalarModel.from_policy(language_model, seed).to(best_device())
+    pack(model.body)
     groups, cut = _groups(config, "train", tokenizer, settings.max_examples)
     held_out, cut_held_out = _groups(config, "validation", tokenizer, None)
     with crew_for(next(model.parameters()).device) as crew:
