@@ -119,7 +119,7 @@ class Run:
                 with suppress(OSError):
                     maps = Path(f"/proc/{process.pid}/maps").read_text()
                     self.shared_memory = self.shared_memory | set(SHARED.findall(maps))
-            time.sleep(0.5)
+            time.sleep(2)  # a look takes 40 ms of a core
 
     def end(self, timeout_s: float = START_S) -> int:
         """Wait for the exit status."""

@@ -28,6 +28,7 @@ def survivor(begin: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
     It is stopped for a while before, so that groups are with it that are lost with it.
     """
     slow = ("--generate.max_num_seqs", "1", "--driver.prompts_per_step", "8")
+    slow += ("--generate.max_new_tokens", "48")  # sequences come one by one
     sync = ("--sync.transport", request.param)
     run = begin("train", "--generate.workers", "2", "--driver.steps", "8", *slow, *sync)
     run.wait_for_step(1)

@@ -287,7 +287,7 @@ def test_one_that_dies_on_the_way_is_told_at_once(board, publisher, engine):
 
 
 def test_who_hangs_up_frees_the_send(board, publisher):
-    board.offer(weights(publisher, SMALL), receiver(timeout_s=60), LOOPBACK)
+    board.offer(weights(publisher, SMALL), receiver(timeout_s=10), LOOPBACK)
     threading.Timer(0.3, board.hang_up, ["g0"]).start()
     began = time.monotonic()
     with pytest.raises(TransferFailed, match=r"g0 \(start 1\): its load failed"):
