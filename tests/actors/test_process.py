@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -45,7 +46,8 @@ def child() -> Iterator[int]:
 def unbound() -> Iterator[None]:
     yield
     for task in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(task), ALL)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(task), ALL)
 
 
 def test_threads_and_children_keep_to_the_cores(thread: int, child: int) -> None:
