@@ -31,11 +31,19 @@ def keep_to(cores: Collection[int] | None) -> None:
     to some of them already stays there. None: any core will do."""
     if cores is None:
         return
+    for thread in _threads():
+        with contextlib.suppress(ProcessLookupError):
+            bound = os.sched_getaffinity(thread) & set(cores)
+            os.sched_setaffinity(thread, bound or cores)
+
+
+def _threads() -> list[int]:
+    """Ids of the threads of this process and of those below it; some may have ended since."""
+    found = []
     for process in (me := psutil.Process(), *me.children(recursive=True)):
-        for thread in Path(f"/proc/{process.pid}/task").glob("*"):
-            with contextlib.suppress(ProcessLookupError):
-                bound = os.sched_getaffinity(int(thread.name)) & set(cores)
-                os.sched_setaffinity(int(thread.name), bound or cores)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [thread.id for thread in process.threads()]
+    return found
 
 
 def tail(path: Path, lines: int = 12) -> str:

@@ -1,8 +1,9 @@
 """A reward model from human ratings: InstructGPT's ranking loss, then a measured scale.
 
 1. The policy's body with a fresh scalar head (models/heads.py), read at the last token.
-2. All responses of a group go through it once; all their pairs make one element of the
-   batch (Ouyang et al. 2022, section 3.5), so that no response is seen K-1 times an epoch.
+2. All responses of a group go through it once, without pads where the model's kind allows it;
+   all their pairs make one element of the batch (Ouyang et al. 2022, section 3.5), so that no
+   response is seen K-1 times an epoch.
 3. Held out: accuracy by how far apart people rated a pair, and calibration.
 4. Samples of the policy itself fix gain and bias: mean 0 and deviation 1 before RL begins.
 """
