@@ -62,12 +62,12 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs_BT = logits_BTV.new_zeros(tokens_BT.shape, dtype=dtype)
         entropy_BT, normaliser_BT = torch.zeros_like(logprobs_BT), torch.zeros_like(logprobs_BT)
         for block in _blocks(tokens_BT, chunk):
-            scaled = logits_BTV[block].to(dtype) / temperature
+            scaled = _scaled(logits_BTV[block].to(dtype), temperature)
             normaliser_BT[block] = scaled.logsumexp(-1)
             chosen = scaled.gather(-1, tokens_BT[block].unsqueeze(-1)).squeeze(-1)
             logprobs_BT[block] = chosen - normaliser_BT[block]
             if with_entropy:
-                probs = scaled.sub_(normaliser_BT[block].unsqueeze(-1)).exp_()
+                probs = (scaled - normaliser_BT[block].unsqueeze(-1)).exp_()
                 entropy_BT[block] = torch.special.entr(probs).sum(-1)
         ctx.save_for_backward(logits_BTV, tokens_BT, normaliser_BT, entropy_BT)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -84,15 +84,20 @@ class _TokenLogprobs(torch.autograd.Function):
         logits_BTV, tokens_BT, normaliser_BT, entropy_BT = ctx.saved_tensors
         grad_BTV = torch.empty_like(logits_BTV)
         for block in _blocks(tokens_BT, ctx.chunk):
-            grad = _logits_gradient(
-                logits_BTV[block].to(normaliser_BT.dtype) / ctx.temperature,
+            grad_BTV[block] = _logits_gradient(
+                _scaled(logits_BTV[block].to(normaliser_BT.dtype), ctx.temperature),
                 tokens_BT[block],
                 normaliser_BT[block],
                 entropy_BT[block],
+                ctx.temperature,
                 *(None if g is None else g[block] for g in grad_outputs),
             )
-            grad_BTV[block] = grad.div_(ctx.temperature)
         return grad_BTV, None, None, None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature; at 1 they are the same tensor, as a pass over them costs time."""
+    return logits if temperature == 1 else logits / temperature
 
 
 def _blocks(tokens_BT: Tensor, chunk: int) -> Iterator[tuple[slice, slice]]:
@@ -153,7 +158,7 @@ class _HeadLogprobs(torch.autograd.Function):
         entropy_N, normaliser_N = torch.zeros_like(logprobs_N), torch.zeros_like(logprobs_N)
         for start in range(0, len(tokens_N), chunk):
             part = slice(start, start + chunk)
-            scaled = linear(states_ND[part], weight_VD, bias_V).to(dtype).div_(temperature)
+            scaled = _scaled(linear(states_ND[part], weight_VD, bias_V).to(dtype), temperature)
             normaliser_N[part] = scaled.logsumexp(-1)
             chosen = scaled.gather(-1, tokens_N[part].unsqueeze(-1)).squeeze(-1)
             logprobs_N[part] = chosen - normaliser_N[part]
@@ -180,13 +185,13 @@ class _HeadLogprobs(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             scaled = linear(states_ND[part], weight_VD, bias_V).to(normaliser_N.dtype)
             grad = _logits_gradient(
-                scaled.div_(ctx.temperature),
+                _scaled(scaled, ctx.temperature),
                 tokens_N[part],
                 normaliser_N[part],
                 entropy_N[part],
+                ctx.temperature,
                 *(None if g is None else g[part] for g in grad_outputs),
-            )
-            grad = grad.div_(ctx.temperature).to(states_ND.dtype)
+            ).to(states_ND.dtype)
             grad_states_ND[part] = grad @ weight_VD
             grad_weight_VD.addmm_(grad.T, states_ND[part])
             if grad_bias_V is not None:
@@ -199,17 +204,20 @@ def _logits_gradient(
     tokens: Tensor,
     normaliser: Tensor,
     entropy: Tensor,
+    temperature: float,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    """The gradient by ``scaled`` logits [..., V], worked on in place; all others are [...]."""
-    probs = scaled.sub_(normaliser.unsqueeze(-1)).exp_()
-    grad = torch.zeros_like(probs)
+    """The gradient by the logits [..., V]; all others are [...], the last two the gradients by
+    log-probabilities and by entropies. `scaled` stay as they are: they may be the logits."""
+    grad = (scaled - normaliser.unsqueeze(-1)).exp_()
+    slope = None
     if grad_entropy is not None:
-        slope = torch.special.entr(probs) - probs * entropy.unsqueeze(-1)
-        grad = slope.mul_(grad_entropy.unsqueeze(-1))
-    if grad_logprobs is not None:
-        weight = grad_logprobs.unsqueeze(-1)
-        grad = grad.sub_(probs.mul_(weight))
-        grad.scatter_add_(-1, tokens.unsqueeze(-1), weight)
-    return grad
+        slope = (torch.special.entr(grad) - grad * entropy.unsqueeze(-1)).mul_(
+            grad_entropy.unsqueeze(-1) / temperature
+        )
+    if grad_logprobs is None:
+        return torch.zeros_like(grad) if slope is None else slope
+    weight = grad_logprobs.unsqueeze(-1) / temperature
+    grad.mul_(-weight).scatter_add_(-1, tokens.unsqueeze(-1), weight)
+    return grad if slope is None else grad.add_(slope)

@@ -169,7 +169,9 @@ class Update:
             penalty=prices.penalty,
         )
         surrogate = objective(config.kind)(tokens, config)
-        per_token = known.weights * surrogate.loss - config.entropy_bonus * entropy
+        per_token = known.weights * surrogate.loss
+        if config.entropy_bonus:
+            per_token = per_token - config.entropy_bonus * entropy
         if prices.kl:
             kind = self.config.kl.estimator
             per_token = per_token + prices.kl * kl_estimate(logprobs, known.reference, kind)
