@@ -45,8 +45,9 @@ def train_on(
     label: str | None = None,
     words: Sequence[str] = (),
 ) -> Path:
-    """The demo's policy optimisation, from the finished stages of run `source`, with further
-    `words`; the new run's directory, named by `label` (by its staleness where there is none).
+    """The demo's policy optimisation, with a core for the generator and one for the learner, from
+    the finished stages of run `source`, with further `words`; the new run's directory, named by
+    `label` (by its staleness where there is none).
 
     A run that has ended with the same words serves again, for benchmarks share what they
     look at; remove its directory to have it done anew.
@@ -59,7 +60,7 @@ def train_on(
         "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
         *parts,
         "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
-        "--driver.checkpoint_every", str(steps), "--no-metrics.wandb", *words,
+        "--driver.checkpoint_every", str(steps), "--learn.cpus", "1", "--no-metrics.wandb", *words,
     ]  # fmt: skip
     run = ROOT / "runs" / f"benchmark-{label}-{seed}"
     note = run / "benchmark.json"
