@@ -9,16 +9,18 @@ heads. The work is all of a PPO step: generation, reward, reference, updates.
 
 TRL's trainer has two threads and a virtual environment of its own (runs/peer_trl_venv), generates
 with transformers, and is spared what takes time only: checkpointing of activations, bfloat16,
-smaller batches, saving, evaluation. Ours is `distrl train` as a user would run it where the learner
-has most to do: synchronous, vLLM and a compiled learner in turns on the same two cores. The two
-sides take turns, with the same weights, prompts and seeds. A step's time runs to the end of the
+smaller batches, saving, evaluation. Ours is `distrl train` as a user would run it: asynchronous, a
+step behind (`peer_trl_reward.py` has what that costs), vLLM on one core and a compiled learner on
+both. The two sides take turns, with the same weights, prompts and seeds. A step's time runs to the end of the
 next, the first two are left out. So that all responses are equally long, the token that ends one is
 never sampled: workload a's output head is made so, workload b takes one for it that SmolLM2 never
 writes (6e-7). "Alone" is what TRL does in a step after generation against our scorer and learner in
 one process with two threads.
 
 Thresholds, set before the first run, in samples/s over TRL's. Critic of its own: 1.5, aim 2. Shared
-trunk and the engine's log-probabilities trusted: 2.5, aim 3 on workload a; 1.5, aim 2 on b.
+trunk and the engine's log-probabilities trusted (where they are of the present weights: a step
+behind there are none, but the pass for values has them at the price of the head): 2.5, aim 3 on
+workload a; 1.5, aim 2 on b. --lockstep has generation and learning take turns on both cores.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ class Job:
     folder: Path
     steps: int
     seed: int
+    lockstep: bool
 
     @property
     def counted(self) -> int:
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="a,b")
     parser.add_argument("--rounds", type=int, help="default: 3 for a, 2 for b")
     parser.add_argument("--steps", type=int, help="default: 12 for a, 8 for b; 2 are warm-up")
+    parser.add_argument("--lockstep", action="store_true", help="ours without any overlap")
     options = parser.parse_args()
     if options.steps is not None and options.steps <= WARM_UP:
         parser.error(f"--steps {options.steps}: the first {WARM_UP} are left out, so say more")
@@ -124,7 +128,7 @@ def main() -> None:
     python = trl_environment()
     for name in options.workloads.split(","):
         with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
-            _measure(name, Path(scratch), python, options.rounds, options.steps)
+            _measure(name, Path(scratch), python, options)
 
 
 def trl_environment() -> Path:
@@ -144,21 +148,24 @@ def trl_environment() -> Path:
     return python
 
 
-def _measure(name: str, folder: Path, python: Path, rounds: int | None, steps: int | None) -> None:
+def _measure(name: str, folder: Path, python: Path, options: argparse.Namespace) -> None:
     """All rounds of a workload, and their report."""
-    workload = WORKLOADS[name]
-    rounds, steps = rounds or workload.rounds, steps or workload.steps
+    workload, lockstep = WORKLOADS[name], options.lockstep
+    rounds, steps = options.rounds or workload.rounds, options.steps or workload.steps
     apart(_prepare, name, folder, workload.batch * steps)
     turns: dict[str, list[Turn]] = {side: [] for side in ("TRL", *VARIANTS)}
     for seed in range(rounds):
-        job = Job(name=name, workload=workload, folder=folder, steps=steps, seed=seed)
+        job = Job(
+            name=name, workload=workload, folder=folder, steps=steps, seed=seed, lockstep=lockstep
+        )
         for side, those in turns.items():
             those.append(_trl(job, python) if side == "TRL" else _ours(job, side))
             print(f"{side}, {those[-1].samples_s:.2f} samples/s; {_parts(those[-1:])}", flush=True)
     report(
         f"PPO against TRL, workload {name}",
         _figures(workload, turns),
-        f"python benchmarks/peer_trl.py --workloads {name} --rounds {rounds} --steps {steps}",
+        f"python benchmarks/peer_trl.py --workloads {name} --rounds {rounds} --steps {steps}"
+        + " --lockstep" * lockstep,
     )
 
 
@@ -295,8 +302,10 @@ def _words(job: Job) -> list[str]:
         "--learn.epochs", str(workload.epochs), "--learn.minibatches", str(workload.minibatches),
         "--learn.lr", str(LR), "--learn.critic_lr", str(LR), "--learn.record", "false",
         "--driver.steps", str(job.steps), "--driver.prompts_per_step", str(workload.batch),
-        "--driver.checkpoint_every", str(job.steps), "--driver.max_staleness", "0",
-        "--generate.cpus", str(CORES), "--learn.cpus", str(CORES), "--learn.compile",
+        "--driver.checkpoint_every", str(job.steps),
+        "--driver.max_staleness", "0" if job.lockstep else "1",
+        "--generate.cpus", str(CORES if job.lockstep else 1),
+        "--learn.cpus", str(CORES), "--learn.compile",
         "--score.cpus", str(CORES),
         "--no-metrics.wandb",
     ]  # fmt: skip
