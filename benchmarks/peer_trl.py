@@ -11,11 +11,11 @@ TRL's trainer has two threads and a virtual environment of its own (runs/peer_tr
 with transformers, and is spared what takes time only: checkpointing of activations, bfloat16,
 smaller batches, saving, evaluation. Ours is `distrl train` as a user would run it: asynchronous, a
 step behind (`peer_trl_reward.py` has what that costs), vLLM on one core and a compiled learner on
-both. The two sides take turns, with the same weights, prompts and seeds. A step's time runs to the end of the
-next, the first two are left out. So that all responses are equally long, the token that ends one is
-never sampled: workload a's output head is made so, workload b takes one for it that SmolLM2 never
-writes (6e-7). "Alone" is what TRL does in a step after generation against our scorer and learner in
-one process with two threads.
+both. The two sides take turns, with the same weights, prompts and seeds. A step's time runs to the
+end of the next; the first two are left out, and our last one, which has no generation beside it. So
+that all responses are equally long, the token that ends one is never sampled: workload a's output
+head is made so, workload b takes one for it that SmolLM2 never writes (6e-7). "Alone" is what TRL
+does in a step after generation against our scorer and learner in one process with two threads.
 
 Thresholds, set before the first run, in samples/s over TRL's. Critic of its own: 1.5, aim 2. Shared
 trunk and the engine's log-probabilities trusted (where they are of the present weights: a step
@@ -97,10 +97,9 @@ class Job:
     seed: int
     lockstep: bool
 
-    @property
-    def counted(self) -> int:
-        """Samples of the steps that are timed."""
-        return self.workload.batch * (self.steps - WARM_UP)
+    def samples_s(self, seconds: Sequence[float]) -> float:
+        """Of steps that took so long."""
+        return self.workload.batch * len(seconds) / sum(seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +121,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: 12 for a, 8 for b; 2 are warm-up")
     parser.add_argument("--lockstep", action="store_true", help="ours without any overlap")
     options = parser.parse_args()
-    if options.steps is not None and options.steps <= WARM_UP:
-        parser.error(f"--steps {options.steps}: the first {WARM_UP} are left out, so say more")
+    if options.steps is not None and options.steps <= WARM_UP + 1:
+        parser.error(f"--steps {options.steps}: {WARM_UP + 1} are left out, so say more")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     python = trl_environment()
     for name in options.workloads.split(","):
@@ -255,7 +254,7 @@ def _trl(job: Job, python: Path) -> Turn:
     steps, generate = measured["step_s"][WARM_UP:], measured["generate_s"][WARM_UP:]
     rest = [whole - part for whole, part in zip(steps, generate, strict=True)]
     return Turn(
-        samples_s=job.counted / sum(steps),
+        samples_s=job.samples_s(steps),
         step_s=statistics.fmean(steps),
         parts={"generate": statistics.fmean(generate), "all else": statistics.fmean(rest)},
         tokens=statistics.fmean(measured["tokens"]),
@@ -271,10 +270,10 @@ def _ours(job: Job, variant: str) -> Turn:
         distrl("train", "--fresh", "--run.name", run.name, *_words(job), *VARIANTS[variant])
     for large in ("checkpoints", "policy"):
         shutil.rmtree(run / large)
-    rows = metrics(run)[WARM_UP:]
+    rows = metrics(run)[WARM_UP : None if job.lockstep else -1]
     names = ("learn", "idle_learner", "sync", "generate", "score", "in_buffer")
     return Turn(
-        samples_s=job.counted / sum(row["time/step"] for row in rows),
+        samples_s=job.samples_s([row["time/step"] for row in rows]),
         step_s=_mean(rows, "time/step"),
         parts={name: _mean(rows, f"time/{name}") for name in names},
         tokens=_mean(rows, "rollout/length_mean"),

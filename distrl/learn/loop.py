@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distrl.algo import lr_factor
-from distrl.models.crew import ALONE, Crew, Gradients
+from distrl.models.crew import ALONE, Crew, Gradients, hand_over
 
 MAX_SKIPS = 3
 BETAS = (0.9, 0.95)
@@ -138,8 +138,7 @@ def _with_gradients(
     shares = [share for first in range(crew.size) if (share := batch[first :: crew.size])]
     done = crew.run(work, shares)
     count = max(sum(answer.count for answer, _ in done), 1)
-    for _, gradients in done:
-        gradients.hand_over()
+    hand_over([gradients for _, gradients in done], crew)
     for weight in weights:
         if weight.grad is not None:
             weight.grad /= count

@@ -31,7 +31,7 @@ from distrl.learn.objectives import Tokens, objective
 from distrl.learn.opening import Opening
 from distrl.learn.prepare import Prepared
 from distrl.learn.ranks import ALONE, Load, Ranks
-from distrl.models.crew import Gradients
+from distrl.models.crew import Gradients, hand_over
 
 
 def minibatches(size: int, config: LearnConfig, seed: tuple[int, ...]) -> Iterator[Tensor]:
@@ -119,9 +119,10 @@ class Update:
             return sums, gradients
 
         sums = prepared.weights.new_zeros(len(fields(MinibatchReport)))
-        for found, gradients in self.ranks.crew.run(work, range(len(loads))):
+        done = self.ranks.crew.run(work, range(len(loads)))
+        for found, _ in done:
             sums += found
-            gradients.hand_over()
+        hand_over([gradients for _, gradients in done], self.ranks.crew)
         self.ranks.add(sums)
         sums[-1] = 1 - batch.lengths_B[index].sum() / sums[-1]
         return MinibatchReport(
@@ -276,8 +277,9 @@ def pretrain_backward(
         return total, gradients
 
     total = torch.zeros((), device=device)
-    for found, gradients in ranks.crew.run(work, loads):
+    done = ranks.crew.run(work, loads)
+    for found, _ in done:
         total += found
-        gradients.hand_over()
+    hand_over([gradients for _, gradients in done], ranks.crew)
     ranks.add(total)
     return total.item()

@@ -8,6 +8,7 @@ eight times slower than one, instead of no faster, as soon as something else wan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,26 +93,46 @@ class Gradients:
 
     def __init__(self, weights: Sequence[Tensor] | None = None) -> None:
         """weights: whose gradients; None: they go straight where autograd puts them."""
-        self._weights = weights
-        self._found: list[Tensor | None] = [None] * len(weights or ())
+        self._weights = weights or ()
+        self._apart = weights is not None
+        self._found: list[Tensor | None] = [None] * len(self._weights)
 
     def backward(self, loss: Tensor) -> None:
         """Take the way back from `loss`."""
-        if self._weights is None:
+        if not self._apart:
             return loss.backward()
         new = torch.autograd.grad(loss, self._weights, allow_unused=True)
-        pairs = zip(self._found, new, strict=True)
-        self._found = [b if a is None else a if b is None else a + b for a, b in pairs]
-
-    def hand_over(self) -> None:
-        """Add everything to the weights' own gradients."""
-        for weight, gradient in zip(self._weights or (), self._found, strict=True):
+        # Autograd may give one tensor to two weights, or one that is a number spread out.
+        owners = Counter(g.untyped_storage().data_ptr() for g in new if g is not None)
+        for place, gradient in enumerate(new):
             if gradient is None:
                 continue
-            # Autograd may give one tensor to two weights, or one that is a number spread out.
-            weight.grad = (
-                gradient.clone(memory_format=torch.contiguous_format)
-                if weight.grad is None
-                else weight.grad.add_(gradient)
-            )
-        self._found = [None] * len(self._found)
+            storage, before = gradient.untyped_storage(), self._found[place]
+            if before is not None:
+                before.add_(gradient)
+            elif owners[storage.data_ptr()] == 1 and storage.nbytes() == gradient.nbytes:
+                self._found[place] = gradient
+            else:
+                self._found[place] = gradient.clone(memory_format=torch.contiguous_format)
+
+    def _hand_over(self, places: range) -> None:
+        for place in places:
+            weight, gradient = self._weights[place], self._found[place]
+            self._found[place] = None
+            if weight.grad is None:
+                weight.grad = gradient
+            elif gradient is not None:
+                weight.grad.add_(gradient)
+
+
+def hand_over(found: Sequence[Gradients], crew: Crew) -> None:
+    """Add all loads' gradients, of the same weights, to the weights' own; each thread does so for
+    some of the weights."""
+
+    def add(places: range) -> None:
+        for gradients in found:
+            gradients._hand_over(places)
+
+    weights = found[0]._weights if found else ()
+    starts = range(min(crew.size, len(weights)))
+    crew.run(add, [range(start, len(weights), crew.size) for start in starts])

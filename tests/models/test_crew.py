@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from distrl.models.crew import ALONE, LARGEST, Crew, Gradients
+from distrl.models.crew import ALONE, LARGEST, Crew, Gradients, hand_over
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_autograd_to_the_bit_and_unused_weights_have_none
         for x in inputs:
             found = Gradients([used, unused] if apart else None)
             found.backward((used * x).sin().sum())
-            found.hand_over()
+            hand_over([found], ALONE)
         assert used.grad is not None
         return used.grad.clone()
 
@@ -87,19 +87,46 @@ def test_several_ways_back_of_one_load_add_up():
     found.backward(weight.sum())
     found.backward((3 * weight).sum())
     assert weight.grad is None, "nothing before it is handed over"
-    found.hand_over()
-    found.hand_over()
+    hand_over([found], ALONE)
+    hand_over([found], ALONE)
     assert weight.grad is not None and weight.grad.tolist() == [4, 4]
 
 
-def test_a_gradient_that_two_weights_share_is_theirs_apart():
-    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+@pytest.mark.parametrize("shared", [lambda a, b: (a + b).sum(), lambda a, b: (a + b).sin().sum()])
+def test_a_gradient_that_two_weights_share_is_theirs_apart(shared):
+    a, b = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     found = Gradients([a, b])
-    found.backward((a + b).sum())
-    found.hand_over()
+    found.backward(shared(a, b))
+    hand_over([found], ALONE)
     assert a.grad is not None and b.grad is not None
     a.grad.mul_(5)
     assert b.grad.tolist() == [1, 1]
+
+
+def test_threads_add_up_the_loads_of_all_weights_in_their_order():
+    crew = Crew(2)
+    weights = [torch.ones(3, requires_grad=True) for _ in range(5)]
+
+    def work(scale):
+        found = Gradients(weights)
+        found.backward(scale * sum(place * weight.sum() for place, weight in enumerate(weights)))
+        return found
+
+    hand_over(crew.run(work, [1e8, 1.0, -1e8]), crew)
+    crew.close()
+    for place, weight in enumerate(weights):
+        expected = torch.tensor(1e8 * place) + place - 1e8 * place  # in this order, in float32
+        assert weight.grad is not None and weight.grad.tolist() == [expected.item()] * 3
+
+
+def test_a_gradient_is_kept_without_a_copy():
+    weight = torch.ones(4, requires_grad=True)
+    made = []
+    weight.register_hook(made.append)
+    found = Gradients([weight])
+    found.backward((weight * torch.arange(4.0)).sum())
+    hand_over([found], ALONE)
+    assert weight.grad is not None and weight.grad.data_ptr() == made[0].data_ptr()
 
 
 def test_one_thread_is_the_caller():
