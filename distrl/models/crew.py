@@ -102,15 +102,15 @@ class Gradients:
         if not self._apart:
             return loss.backward()
         new = torch.autograd.grad(loss, self._weights, allow_unused=True)
-        # Autograd may give one tensor to two weights, or one that is a number spread out.
+        # Autograd may give one tensor to two weights.
         owners = Counter(g.untyped_storage().data_ptr() for g in new if g is not None)
         for place, gradient in enumerate(new):
             if gradient is None:
                 continue
-            storage, before = gradient.untyped_storage(), self._found[place]
+            before, memory = self._found[place], gradient.untyped_storage()
             if before is not None:
                 before.add_(gradient)
-            elif owners[storage.data_ptr()] == 1 and storage.nbytes() == gradient.nbytes:
+            elif owners[memory.data_ptr()] == 1 and _fills(memory, gradient):
                 self._found[place] = gradient
             else:
                 self._found[place] = gradient.clone(memory_format=torch.contiguous_format)
@@ -123,6 +123,15 @@ class Gradients:
                 weight.grad = gradient
             elif gradient is not None:
                 weight.grad.add_(gradient)
+
+
+def _fills(memory: torch.UntypedStorage, gradient: Tensor) -> bool:
+    """Whether `memory` holds the numbers of `gradient`, in their order, and nothing else.
+
+    Autograd may give a number spread out, or a part of something larger; or numbers in another
+    order than the weight's, which fused optimizers read wrongly without a word.
+    """
+    return gradient.is_contiguous() and memory.nbytes() == gradient.nbytes
 
 
 def hand_over(found: Sequence[Gradients], crew: Crew) -> None:

@@ -129,5 +129,16 @@ def test_a_gradient_is_kept_without_a_copy():
     assert weight.grad is not None and weight.grad.data_ptr() == made[0].data_ptr()
 
 
+def test_a_gradient_lies_in_memory_as_its_weight_does():
+    """Else a fused optimizer would give each number to another weight."""
+    weight = torch.ones(2, 3, requires_grad=True)
+    factors = torch.arange(6.0).view(3, 2)
+    found = Gradients([weight])
+    found.backward((weight.t() * factors).sum())
+    hand_over([found], ALONE)
+    assert weight.grad is not None and weight.grad.stride() == weight.stride()
+    assert torch.equal(weight.grad, factors.t())
+
+
 def test_one_thread_is_the_caller():
     assert ALONE.run(lambda _: threading.current_thread(), [0]) == [threading.current_thread()]
