@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distrl.checkpoint import Checkpoints
 from distrl.cli.main import main
+from distrl.driver.ledger_file import open_to_read
 from distrl.metrics import read_jsonl, unknown_names
 from tests.end_to_end.process import Run
 
@@ -23,10 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module", params=["shm", "gloo"])
 def survivor(begin: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
-    """Two generators; one is killed after the first step, and the run goes on with the other.
-
-    It is stopped for a while before, so that groups are with it that are lost with it.
-    """
+    """Two generators; one is killed after the first step, with groups that are lost with it, and
+    the run goes on with the other."""
     slow = ("--generate.max_num_seqs", "1", "--driver.prompts_per_step", "8")
     slow += ("--generate.max_new_tokens", "48")  # sequences come one by one
     sync = ("--sync.transport", request.param)
@@ -34,11 +34,30 @@ def survivor(begin: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
     run.wait_for_step(1)
     generators = [p for p in run.family() if p.name().startswith("ray::GeneratorAc")]
     assert len(generators) == 2, [p.name() for p in run.family()]
-    generators[0].suspend()
-    time.sleep(3)
+    run.wait_until(lambda: _stopped_at_work(run, generators[0]))
     generators[0].kill()
     assert run.end() == 0, run.output
     return run
+
+
+def _stopped_at_work(run: Run, generator: psutil.Process) -> bool:
+    """Stop a generator; True where groups are left with it, which nobody else has in hand. Where
+    none are it goes on."""
+    generator.suspend()
+    time.sleep(3)  # the other one ends its own groups, and the ledger is written every second
+    before = _awaited(run)
+    time.sleep(2)
+    if before and before == _awaited(run):
+        return True
+    generator.resume()
+    return False
+
+
+def _awaited(run: Run) -> set[int]:
+    """The prompts that went to a generator and have not come back, as the ledger has them."""
+    wanted = "SELECT idx FROM attempts WHERE generated_s IS NULL AND ended IS NULL"
+    with open_to_read(run.folder / "ledger.sqlite") as ledger:
+        return {row[0] for row in ledger.execute(wanted)}
 
 
 def test_every_step_is_there_once(survivor: Run) -> None:
