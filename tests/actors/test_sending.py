@@ -21,6 +21,10 @@ from distrl.learn.spec import Place
 from distrl.records import Offer, Receiver, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
 
+# On a busy machine a second takes a minute: what must not be waited for lasts longer than any test.
+LONG_S = 600
+SOON_S = 200
+
 # -- the two calls, without actors ----------------------------------------------------------------
 
 OFFER = Offer(host="127.0.0.1", port=1, world=2, tensors=())
@@ -83,10 +87,10 @@ async def test_a_mismatch_leaves_the_group_as_it_is() -> None:
 
 
 FAILURES: dict[str, tuple[Sender, Any, str]] = {
-    "the receiver dies": (Sender(takes_s=9), receives(0, WorkerDied("gone")), "^gone$"),
+    "the receiver dies": (Sender(takes_s=LONG_S), receives(0, WorkerDied("gone")), "^gone$"),
     "the sender fails, the receiver hangs": (
         Sender(RoleError("did not come")),
-        receives(9),
+        receives(LONG_S),
         "g0: version 3 was not sent: did not come",
     ),
     "both fail, the receiver last": (
@@ -99,8 +103,8 @@ FAILURES: dict[str, tuple[Sender, Any, str]] = {
         receives(),
         "was not sent: reset",
     ),
-    "both hang": (Sender(takes_s=9), receives(9), "neither loaded nor given up"),
-    "the receiver hangs": (Sender(), receives(9), "neither loaded nor given up"),
+    "both hang": (Sender(takes_s=LONG_S), receives(LONG_S), "neither loaded nor given up"),
+    "the receiver hangs": (Sender(), receives(LONG_S), "neither loaded nor given up"),
 }
 
 
@@ -108,18 +112,17 @@ FAILURES: dict[str, tuple[Sender, Any, str]] = {
 @pytest.mark.parametrize("case", FAILURES)
 async def test_any_failure_frees_both_and_is_a_death(case: str) -> None:
     sender, receive, said = FAILURES[case]
-    began = time.monotonic()
-    with pytest.raises(WorkerDied, match=said):
-        await send(weights(), sender, RECEIVER, receive)
-    assert time.monotonic() - began < 2
+    async with asyncio.timeout(SOON_S):
+        with pytest.raises(WorkerDied, match=said):
+            await send(weights(), sender, RECEIVER, receive)
     assert sender.hung_up == ["g0"]
     await asyncio.sleep(0.01)  # to let the cancelled ones end
     assert len(asyncio.all_tasks()) == 1, "nobody is left waiting"
 
 
 async def test_who_is_cancelled_hangs_up() -> None:
-    sender = Sender(takes_s=9)
-    load = asyncio.create_task(send(weights(), sender, RECEIVER, receives(9)))
+    sender = Sender(takes_s=LONG_S)
+    load = asyncio.create_task(send(weights(), sender, RECEIVER, receives(LONG_S)))
     await asyncio.sleep(0.05)
     load.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -194,7 +197,7 @@ class Engine:
     async def load_weights(self, weights: Weights, offer: Offer) -> None:
         trouble = self.trouble.read_text() if self.trouble.exists() else ""
         if trouble == "hang":
-            await asyncio.sleep(600)
+            await asyncio.sleep(LONG_S)
         if trouble == "die":
             os._exit(75)
         await asyncio.to_thread(self._take, offer)
@@ -204,7 +207,7 @@ class Engine:
 
         place = (offer.host, offer.port)
         if self.met is None or self.met[0] != place:
-            self.met = (place, GlooGroup.join(*place, rank=1, world=offer.world, timeout_s=60))
+            self.met = (place, GlooGroup.join(*place, rank=1, world=offer.world, timeout_s=SOON_S))
         tensors = dict(self.met[1].receive(offer.tensors))
         self.held.write_text(f"{tensors['w'].mean().item():g} at {offer.port}")
 
@@ -218,15 +221,15 @@ class Crew:
         self.folder = folder
         actor = remote(SlowLearner, {ASIDE: 4}).options(num_cpus=0)
         log = folder / "learner"
-        self.learner = LearnerHandle("learner", lambda: actor.remote(None, log), log, 60)
+        self.learner = LearnerHandle("learner", lambda: actor.remote(None, log), log, SOON_S)
         self.generators = [self._generator(f"g{number}") for number in range(2)]
 
     def _generator(self, name: str) -> GeneratorHandle:
         actor = remote(Engine).options(num_cpus=0, max_concurrency=10)
         log = self.folder / name
-        generator = GeneratorHandle(name, lambda: actor.remote(log), log, 60)
+        generator = GeneratorHandle(name, lambda: actor.remote(log), log, SOON_S)
         generator.learner = self.learner
-        generator.sync_timeout_s = 30
+        generator.sync_timeout_s = LONG_S
         return generator
 
     def held(self, number: int) -> tuple[str, str]:
@@ -251,9 +254,9 @@ async def test_generators_load_beside_the_learners_step(tmp_path: Path) -> None:
     """Other calls of the learner stay one at a time."""
     async with Crew(tmp_path) as crew:
         published = await crew.learner.publish()
-        step = asyncio.ensure_future(crew.learner._call("nap", 60))
+        step = asyncio.ensure_future(crew.learner._call("nap", LONG_S))
         queued = asyncio.ensure_future(crew.learner._call("nap", 0))
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(SOON_S):
             await asyncio.gather(*(g.load_weights(published) for g in crew.generators))
         assert not step.done() and not queued.done()
         (one, here), (other, there) = crew.held(0), crew.held(1)
@@ -270,19 +273,18 @@ async def test_one_that_dies_or_hangs_disturbs_nobody_and_comes_back(tmp_path: P
         await patient.load_weights(await crew.learner.publish())
         _, first_port = crew.held(0)
         for kind, said in (("die", "g0 died: "), ("hang", r"g0: .*g0 \(start 2\) did not come")):
-            patient.sync_timeout_s = 3 if kind == "hang" else 30
+            patient.sync_timeout_s = 3 if kind == "hang" else LONG_S
             crew.trouble(0, kind)
             published = await crew.learner.publish()
-            began = time.monotonic()
-            failed, loaded = await asyncio.gather(
-                *(g.load_weights(published) for g in crew.generators), return_exceptions=True
-            )
+            async with asyncio.timeout(SOON_S):
+                failed, loaded = await asyncio.gather(
+                    *(g.load_weights(published) for g in crew.generators), return_exceptions=True
+                )
             assert isinstance(failed, WorkerDied), failed
             with pytest.raises(WorkerDied, match=said):
                 raise failed
             assert loaded is None and crew.held(1)[0] == str(published.version)
-            assert time.monotonic() - began < 25
-            patient.sync_timeout_s = 30
+            patient.sync_timeout_s = LONG_S
             crew.trouble(0, "")
             await patient.restart()
             await patient.load_weights(published)
@@ -302,9 +304,8 @@ async def test_a_learner_that_dies_frees_the_generator(tmp_path: Path) -> None:
         load = asyncio.create_task(patient.load_weights(published))
         await asyncio.sleep(3)
         psutil.Process(pid).kill()
-        began = time.monotonic()
-        with pytest.raises(WorkerDied, match="learner died"):
-            await load
-        assert time.monotonic() - began < 20
+        async with asyncio.timeout(SOON_S):
+            with pytest.raises(WorkerDied, match="learner died"):
+                await load
         with pytest.raises(WorkerDied, match="learner died"):
             await patient.load_weights(published)
