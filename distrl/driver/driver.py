@@ -16,7 +16,8 @@ ROLL  consumes one prompt; produces one scored group in the buffer, or drops it 
       Is unblocked by the roles, by a worker's recovery, or by another worker taking over.
 LEARN consumes the next B groups in order of issue; produces a learner step, its weights on the
       generators, its metrics row, a checkpoint where one is due.
-      Waits for B groups, for the learner, for the generators that are up to load.
+      Waits for B groups, for the learner, and before it publishes for the generators that are
+      up to have loaded what it published last.
       Is unblocked by ROLL (a group lands or is dropped), by `stop`.
 
 No loop waits for one that waits for it: FEED waits for LEARN only while B groups are under way,
@@ -27,6 +28,7 @@ Order at the start:  1 load the learner  2 publish  3 load every generator, cana
 Order of a step:     1 take B groups in order  2 check ages  3 learn  4 publish  5 load the
                      generators; those that fail leave service  6 release the B slots
                      7 metrics row  8 checkpoint.
+Step k+1 begins while 5 to 7 of step k are under way; its 4 and the checkpoint of k wait for them.
 A step that the learner skipped (non-finite) leaves out 4 and 5: no new weights came of it.
 `stop` lets 3 end, leaves out 4 to 6, writes 7, cancels what is in flight, and then does 8.
 
@@ -159,6 +161,7 @@ class Driver:
             clock=clock,
             on_rollouts=on_rollouts,
             extra_state=dict(extra_state or {}),
+            spawn=self._spawn,
         )
 
     async def run(self) -> Summary:

@@ -1,7 +1,9 @@
 """LEARN: batches in order of issue to the learner, its weights to the generators.
 
 The order of operations is numbered at the head of `driver.py`. Invariant: a step's slots are
-released only when every generator that may be given work holds the weights that came of it.
+released only when every generator that may be given work holds the weights that came of it, and
+after those of the step before. The learner does not wait for it: it takes the next batch while
+the generators load, and waits before it publishes again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from distrl.driver.admission import Admission
 from distrl.driver.auto import BoundController, FixedBound
 from distrl.driver.buffer import BufferClosed, Landed, OrderedBuffer
 from distrl.driver.errors import OutOfStep
+from distrl.driver.fleet import Spawn
 from distrl.driver.ledger import Ledger, Step
 from distrl.driver.ports import CheckpointStore, RolloutsHook
 from distrl.driver.roll import Roller
@@ -25,7 +28,7 @@ from distrl.driver.row import Durations, Row, Stopwatch, batch_row, duration_row
 from distrl.driver.staleness import Age, StalenessRule, check_ages
 from distrl.driver.state import LEARNER_FOLDER, Progress, Start
 from distrl.metrics.sinks import Sink
-from distrl.records import StepReport
+from distrl.records import StepReport, Weights
 from distrl.roles import Learner
 
 logger = logging.getLogger(__name__)
@@ -33,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class LearnLoop:
-    """Takes, checks, learns, publishes, loads, releases, logs, saves; then again."""
+    """Takes, checks, learns, publishes; loads, releases and logs beside the next step.
+
+    `spawn` starts a background task whose exception ends the run.
+    """
 
     config: DriverConfig
     learner: Learner
@@ -50,12 +56,14 @@ class LearnLoop:
     clock: Callable[[], float]
     on_rollouts: RolloutsHook | None
     extra_state: Mapping[str, Any]
+    spawn: Spawn
 
     def __post_init__(self) -> None:
         self.stopping = False
         self._saved_step = self.start.step
         self._since_row = Stopwatch(self.clock)
         self._tokens_before = 0
+        self._settling: asyncio.Task[None] | None = None
 
     def drops(self) -> Counter[str]:
         """Dropped groups below the cursor by reason, those before a resume included."""
@@ -66,7 +74,9 @@ class LearnLoop:
         if self.start.checkpoint is not None:
             await self.learner.load(self.start.checkpoint / LEARNER_FOLDER)
         self.roller.source.seek(self.start.cursor)
-        await self._sync()
+        weights = await self._publish()
+        self.progress.doing = f"loading version {weights.version} on the generators"
+        await self.roller.generators.load(weights)
         self._since_row.lap()
 
     async def run(self) -> None:
@@ -80,6 +90,7 @@ class LearnLoop:
                 break
             self.admission.recheck()
             await self._step(batch, idle_s=watch.lap())
+        await self._settled()
 
     async def save(self) -> None:
         """Write a checkpoint of the last step, where there is none yet."""
@@ -89,6 +100,7 @@ class LearnLoop:
         self.progress.doing = f"writing the checkpoint of step {step}"
         folder = await asyncio.to_thread(self.checkpoints.begin, step)
         await self.learner.save(folder / LEARNER_FOLDER)
+        await self._settled()  # a committed step has its row
         cursor = self.buffer.cursor
         state = self.progress.state(cursor, self.buffer.ahead, self.drops())
         state |= {"ledger": self.ledger.run_id, "bound": self.control.bound}
@@ -109,12 +121,11 @@ class LearnLoop:
         self._count(batch, ages, report)
         self.roller.version_changed()
         learn_s, ahead = watch.lap(), self._ahead_row()
-        if not self.stopping:
-            if not report.skipped:
-                await self._sync()
-            self.admission.released(len(batch))
+        await self._settled()
+        idle_s += watch.lap()
+        weights = None if self.stopping or report.skipped else await self._publish()
         durations = Durations(
-            step=self._since_row.lap(), idle=idle_s, learn=learn_s, sync=watch.lap()
+            step=self._since_row.lap(), idle=idle_s, learn=learn_s, publish=watch.lap()
         )
         row = {
             **batch_row(batch, consumed_s),
@@ -124,9 +135,27 @@ class LearnLoop:
             **self._driver_row(durations.step),
             **report.metrics,
         }
-        self.sink.log(self.progress.step, row)
         self._move_bound(report)
+        self._settling = self.spawn(self._settle(weights, len(batch), row, durations.publish))
         await self._after(batch)
+
+    async def _settle(
+        self, weights: Weights | None, groups: int, row: Row, publish_s: float
+    ) -> None:
+        """What a step leaves to do: its weights on the generators, its slots free, its row."""
+        step, watch = self.progress.step, Stopwatch(self.clock)
+        if weights is not None:
+            await self.roller.generators.load(weights)
+        if not self.stopping:
+            self.admission.released(groups)
+        self.sink.log(step, {**row, "time/sync": publish_s + watch.lap()})
+
+    async def _settled(self) -> None:
+        """Wait until nothing is left to do of the last step."""
+        if self._settling is not None and not self._settling.done():
+            version = self.progress.version
+            self.progress.doing = f"waiting for the generators, which load version {version}"
+            await self._settling
 
     def _count(self, batch: list[Landed], ages: list[Age], report: StepReport) -> None:
         progress = self.progress
@@ -163,8 +192,7 @@ class LearnLoop:
             self.ledger.event("driver", "max_staleness", cause)
             logger.info("max_staleness %s", cause)
 
-    async def _sync(self) -> None:
-        """Publish, and load on every generator that is up."""
+    async def _publish(self) -> Weights:
         self.progress.doing = "publishing weights"
         weights = await self.learner.publish()
         if weights.version != self.progress.version:
@@ -172,8 +200,7 @@ class LearnLoop:
                 f"the learner published version {weights.version} where "
                 f"{self.progress.version} was due"
             )
-        self.progress.doing = f"loading version {weights.version} on the generators"
-        await self.roller.generators.load(weights)
+        return weights
 
     async def _after(self, batch: list[Landed]) -> None:
         step = self.progress.step

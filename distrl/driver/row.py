@@ -16,12 +16,13 @@ Row = dict[str, Value]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Durations:
-    """Seconds of one learner step; `step` runs from the end of the step before."""
+    """Seconds of one learner step; `step` runs from the end of the step before. What is in none of
+    the others went to the hook of rollouts, or to a checkpoint."""
 
     step: float
     idle: float
     learn: float
-    sync: float
+    publish: float
 
 
 class Stopwatch:
@@ -81,5 +82,5 @@ def duration_row(durations: Durations) -> Row:
         "time/step": durations.step,
         "time/idle_learner": durations.idle,
         "time/learn": durations.learn,
-        "time/sync": durations.sync,
+        "time/publish": durations.publish,
     }

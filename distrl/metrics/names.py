@@ -61,7 +61,8 @@ METRICS: dict[str, str] = {
     "time/learn": "time in the learner's update (s)",
     "time/learn_compute": "part of time/learn inside the learner's own process (s)",
     "time/sync": "time from the weights' publication to the last generator holding them (s)",
-    "time/idle_learner": "time that the learner waited for a full batch (s)",
+    "time/publish": "part of time/sync in which the learner publishes and does nothing else (s)",
+    "time/idle_learner": "time that the learner waited for a full batch, or for a load to end (s)",
     "samples/total": "responses trained on since the start of the run",
     "tokens/total": "response tokens trained on since the start of the run",
 }

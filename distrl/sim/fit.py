@@ -29,9 +29,6 @@ from distrl.driver.ledger_file import open_to_read
 WARM_UP = 2
 """Steps left out at the start: what is compiled or cached then is not typical."""
 
-PUBLISH_SHARE = 0.5
-"""Share of a sync in which the engines go on; the metrics tell only the whole."""
-
 Floats = NDArray[np.float64]
 
 
@@ -55,9 +52,9 @@ def fitted(ledger: Path, metrics: Path, model: SimulateConfig) -> SimulateConfig
     iteration_s, sequence_s = _pace(groups)
     score_s, score_token_s = _scoring(groups)
     learn_s, learn_token_s, jitter = _learning(rows)
-    sync_s = median(row["time/sync"] for row in rows)
+    publish_s = median(row["time/publish"] for row in rows)
     others = [
-        row["time/step"] - row["time/idle_learner"] - row["time/learn"] - row["time/sync"]
+        row["time/step"] - row["time/idle_learner"] - row["time/learn"] - row["time/publish"]
         for row in rows
     ]
     return model.model_copy(
@@ -70,8 +67,8 @@ def fitted(ledger: Path, metrics: Path, model: SimulateConfig) -> SimulateConfig
             "learn_s": learn_s,
             "learn_token_s": learn_token_s,
             "jitter": jitter,
-            "publish_s": sync_s * PUBLISH_SHARE,
-            "load_s": sync_s * (1 - PUBLISH_SHARE),
+            "publish_s": publish_s,
+            "load_s": max(0.0, median(row["time/sync"] for row in rows) - publish_s),
             "other_s": max(0.0, fmean(others)),
         }
     )

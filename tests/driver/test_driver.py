@@ -52,6 +52,42 @@ def test_generation_goes_on_while_weights_are_loaded(world):
     assert len(set(began)) > 2
 
 
+def test_the_learner_goes_on_while_weights_are_loaded(world):
+    """It waits for a load only where it would publish again, or where no group is left to take."""
+    loads_s = 0.75
+    generators = [FakeGenerator(f"g{n}", load_seconds=fixed(loads_s)) for n in range(2)]
+    run = world(max_staleness=3, generators=generators, learner=FakeLearner()).run()
+    assert all(loads_s < seconds < loads_s + 0.1 for seconds in run.column("time/sync")[:-1])
+    assert sum(run.column("time/idle_learner")[2:]) == 0
+    assert run.column("time/step")[2:] == pytest.approx([1.05] * 4), "learn and publish"
+
+
+def test_a_load_longer_than_a_step_holds_up_the_next_publication_and_checkpoint(world):
+    generators = [FakeGenerator("g0", load_seconds=fixed(4.0))]
+    run = world(max_staleness=3, generators=generators, checkpoint_every=3)
+    seen = []
+    publish, commit = run.learner.publish, run.checkpoints.commit
+
+    async def publishes():
+        seen.append((run.generators[0].loaded[-1:], "published"))
+        return await publish()
+
+    def commits(step, state):
+        seen.append(([row_step for row_step, _ in run.sink.rows][-1:], f"committed {step}"))
+        commit(step, state)
+
+    run.learner.publish, run.checkpoints.commit = publishes, commits
+    run.run()
+    published = [held for held, what in seen if what == "published"]
+    assert published == [[], [0], [1], [2], [3], [4], [5]]
+    assert [seen for seen in seen if "committed" in seen[1]] == [
+        ([3], "committed 3"), ([6], "committed 6"),
+    ]  # fmt: skip
+    after_a_save = 4.0 + 1.0 + 0.05  # a step without a load beside it
+    assert run.column("time/step")[2:] == pytest.approx([4.05, after_a_save, 4.05, 4.05])
+    assert run.column("time/idle_learner")[2] == pytest.approx(3.0)
+
+
 def test_lockstep_is_one_batch_after_the_other_dealt_round(world):
     generators = [wild("g0", 3), wild("g1", 4)]
     run = world(max_staleness=0, steps=3, generators=generators).run()
@@ -186,7 +222,8 @@ def test_every_step_has_one_row_with_the_documented_names(world):
     assert run.column("tokens/total")[-1] == 48 * 8
     assert run.column("reward/mean")[1] == 5.5  # indices 4 to 7
     assert run.column("rollout/length_mean") == [8.0] * 6
-    assert sum(run.column("time/step")) == pytest.approx(run.summary.seconds, rel=0.02)
+    last_load_s = run.column("time/sync")[-1] - run.column("time/publish")[-1]
+    assert sum(run.column("time/step")) + last_load_s == pytest.approx(run.summary.seconds, rel=0.02)
     rate = run.column("rollout/tokens_per_second")
     assert sum(r * s for r, s in zip(rate, run.column("time/step"), strict=True)) == pytest.approx(
         24 * 16
@@ -223,7 +260,7 @@ def test_the_learners_failure_ends_the_run(world):
         world(learner=FakeLearner(fail=3)).run()
 
 
-@pytest.mark.parametrize("part", ["generate", "score", "hook"])
+@pytest.mark.parametrize("part", ["generate", "score", "hook", "load"])
 def test_a_bug_in_any_part_ends_the_run_with_that_exception(world, part):
     """No task swallows what it does not know. LeftoverTasks would show one that lives on."""
 
@@ -236,6 +273,9 @@ def test_a_bug_in_any_part_ends_the_run_with_that_exception(world, part):
         run.generators[1].generate = bug
     if part == "score":
         run.scorers[0].score = bug
+    if part == "load":
+        load = run.generators[0].load_weights
+        run.generators[0].load_weights = lambda w: bug() if w.version == 2 else load(w)
     with pytest.raises(ZeroDivisionError, match=part):
         run.run()
 

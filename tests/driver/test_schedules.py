@@ -159,6 +159,7 @@ def check(schedule, runs, start):
             settled.add(index)
             overtaken = [i for i in range(index) if i not in settled and i in set(trained)]
             assert len(overtaken) <= window + 1 and all(index - i <= window for i in overtaken)
+        assert run.checkpoints.states.keys() <= {row_step for row_step, _ in run.sink.rows}
         slots = run.config.slots
         assert all(held <= slots for held in run.column("buffer/groups"))
     assert len(kept) == len(set(kept)) == schedule.settings["steps"] * batch, "each at most once"
