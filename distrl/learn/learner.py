@@ -359,7 +359,7 @@ class PolicyLearner:
         `learn.ema` asks for one."""
         with nullcontext() if self.average is None else self.average.in_place():
             state = self.networks.policy_state()
-            if self.ranks.world > 1:
+            if self.ranks.mesh is not None:
                 state = {name: whole(tensor).cpu() for name, tensor in state.items()}
             if self.ranks.first:
                 save_policy(self.policy, self.tokenizer, folder, state=state)

@@ -189,6 +189,8 @@ def test_passes_in_bfloat16_train_float32_weights(ran, tiny_policy, make_groups,
         assert all(p.dtype == torch.float32 for p in learner.policy.parameters())
         learner.publish()
         learner.save(tmp_path / "checkpoint")
+        learner.export(tmp_path / "policy")
+        learner.load(tmp_path / "checkpoint")
     finally:
         learner.close()
     told = json.loads((alone / "ppo" / "told.json").read_text())["metrics"][-1]
@@ -196,6 +198,8 @@ def test_passes_in_bfloat16_train_float32_weights(ran, tiny_policy, make_groups,
         assert reports[-1].metrics[name] == pytest.approx(told[name], rel=0.05, abs=0.05)
     exact = load_file(alone / "ppo" / "checkpoint" / "policy.safetensors")
     found = load_file(tmp_path / "checkpoint" / "policy.safetensors")
+    exported = load_policy(tmp_path / "policy").state_dict()
+    assert all(torch.equal(exported[n], found[n]) for n in exported if n in found)
     start = load_policy(tiny_policy).state_dict()
     moved = {n: exact[n] - start[n] for n in start if n in exact}
     error = {n: found[n] - exact[n] for n in moved}
