@@ -222,8 +222,9 @@ def test_every_step_has_one_row_with_the_documented_names(world):
     assert run.column("tokens/total")[-1] == 48 * 8
     assert run.column("reward/mean")[1] == 5.5  # indices 4 to 7
     assert run.column("rollout/length_mean") == [8.0] * 6
-    last_load_s = run.column("time/sync")[-1] - run.column("time/publish")[-1]
-    assert sum(run.column("time/step")) + last_load_s == pytest.approx(run.summary.seconds, rel=0.02)
+    seconds = sum(run.column("time/step"))
+    seconds += run.column("time/sync")[-1] - run.column("time/publish")[-1]  # the last load
+    assert seconds == pytest.approx(run.summary.seconds, rel=0.02)
     rate = run.column("rollout/tokens_per_second")
     assert sum(r * s for r, s in zip(rate, run.column("time/step"), strict=True)) == pytest.approx(
         24 * 16
