@@ -72,7 +72,7 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # its service process lives until told otherwise
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 15
     while (processes := started_processes()) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     files = sorted(set(SHM.glob("distrl-*")) - before)

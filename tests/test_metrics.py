@@ -309,12 +309,15 @@ def test_a_wandb_that_is_not_installed(monkeypatch, tmp_path, no_key, caplog):
 def test_a_wandb_that_hangs_holds_nothing_up(monkeypatch, tmp_path, no_key, caplog):
     forever = threading.Event()
     fake_wandb(monkeypatch, lambda **_: forever.wait() and FakeRun())
+    began = time.monotonic()
     sink = wandb_sink(tmp_path, queue_rows=10, close_timeout_s=0.3)
     for step in range(1, 101):
         sink.log(step, {"reward/mean": 1.0})
+    assert time.monotonic() - began < 0.2
     assert sink.dropped == 90
     sink.close()
     sink.close()
+    assert time.monotonic() - began < 1.0
     assert "90 rows" in caplog.text
     forever.set()
 
@@ -350,7 +353,7 @@ def real_wandb(run_dir: Path, run_id: str, **env: str) -> subprocess.CompletedPr
         env=clean | env,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=60,
         check=False,
     )
 
@@ -374,7 +377,7 @@ def test_real_wandb_offline_is_quiet_and_resumes_the_same_run(tmp_path):
 def test_real_wandb_without_a_server_lets_the_process_end(tmp_path):
     began = time.monotonic()
     done = real_wandb(tmp_path, "x1", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
-    assert time.monotonic() - began < 30  # for so long W&B itself would try, and more
+    assert time.monotonic() - began < 20  # W&B itself would try for 30 s and more
     assert done.returncode == 0 and done.stdout == "failed\n"
     (line,) = done.stderr.splitlines()  # one warning, and nothing of W&B's own
     assert "goes on without it" in line

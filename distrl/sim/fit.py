@@ -80,6 +80,8 @@ def _steps(metrics: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()][WARM_UP:]
     if not rows or "time/learn" not in rows[0]:
         raise NoTimings(f"{metrics} has no times of steps after the first {WARM_UP}")
+    if "time/publish" not in rows[0]:
+        raise NoTimings(f"{metrics} is of an older distrl, without time/publish; run it again")
     return rows
 
 

@@ -111,7 +111,7 @@ class Worker:
         return np.array([weights.version], dtype=np.uint8)
 
 
-def handle(log: Path, kind: type = ActorHandle, timeout_s: float = 200, **options: Any) -> Any:
+def handle(log: Path, kind: type = ActorHandle, timeout_s: float = 60, **options: Any) -> Any:
     actor = remote(Worker).options(num_cpus=0, max_concurrency=10)
     return kind("worker-0", lambda: actor.remote(log, **options), log, timeout_s)
 
@@ -144,7 +144,7 @@ async def test_calls_in_flight_die_with_the_actor(tmp_path: Path) -> None:
     pid = await worker.alive(worker.running().pid.remote())
     psutil.Process(pid).kill()
     with pytest.raises(WorkerDied):
-        await asyncio.wait_for(waiting, 120)
+        await asyncio.wait_for(waiting, 30)
     await worker.close()
 
 
@@ -185,12 +185,12 @@ async def test_closing_does_not_wait_for_one_that_hangs(
     actor = worker.running()
     pid = await actor.pid.remote()
     actor.close = actor.hang
-    await asyncio.wait_for(worker.close(), 120)
+    await asyncio.wait_for(worker.close(), 10)
     await gone(pid)
 
 
 async def gone(pid: int) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(20):
         while psutil.pid_exists(pid):
             await asyncio.sleep(0.1)
 
@@ -259,7 +259,7 @@ async def test_a_learner_that_dies_ends_the_run(tmp_path: Path) -> None:
     await learner.close()
 
 
-def ranks(folder: Path, start_timeout_s: float = 200) -> LearnerHandle:
+def ranks(folder: Path, start_timeout_s: float = 60) -> LearnerHandle:
     """A learner of three."""
     makers = [handle(folder / f"rank{n}", ActorHandle, start_timeout_s) for n in range(3)]
     first, *others = makers

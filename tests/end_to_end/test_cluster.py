@@ -86,7 +86,7 @@ def test_learner_and_generator_on_two_machines(
     assert max(row["staleness/max"] for row in run.rows()) <= 1
     assert max(row["driver/lead"] for row in run.rows()) > 1, "it ran ahead of the bound"
     assert main(["audit", str(run.folder)]) == 0
-    run.assert_nothing_left(within_s=45)
+    run.assert_nothing_left(within_s=10)
     names = ("ray::Gene", "ray::Lear", "ray::Scor", "VLLM")
     deadline = time.monotonic() + 10
     while left := [p for p in marked(mark) if named(p, names)]:

@@ -58,7 +58,7 @@ def test_ctrl_c_ends_with_a_checkpoint(interrupted: Run) -> None:
 
 
 def test_ctrl_c_leaves_nothing_behind(interrupted: Run) -> None:
-    interrupted.assert_nothing_left(within_s=45)
+    interrupted.assert_nothing_left(within_s=10)
 
 
 def test_ctrl_c_while_the_actors_start(begin: Callable[..., Run]) -> None:
@@ -72,12 +72,12 @@ def test_ctrl_c_while_the_actors_start(begin: Callable[..., Run]) -> None:
     assert run.end(60) == 130, run.output
     assert "distrl train: interrupted" in run.output
     assert "Traceback" not in run.output, run.output
-    run.assert_nothing_left(within_s=45)
+    run.assert_nothing_left(within_s=15)
 
 
 def test_kill_9_leaves_nothing_behind(killed: Run) -> None:
     assert killed.process.returncode == -signal.SIGKILL
-    killed.assert_nothing_left(within_s=45, but=RAY_AGENTS)
+    killed.assert_nothing_left(within_s=30, but=RAY_AGENTS)
 
 
 def test_a_synchronous_run_is_the_same_to_the_bit(interrupted: Run, killed: Run) -> None:
@@ -95,7 +95,7 @@ def test_a_synchronous_run_is_the_same_to_the_bit(interrupted: Run, killed: Run)
 def test_resume_after_kill_9_and_a_damaged_checkpoint(
     killed: Run, begin: Callable[..., Run]
 ) -> None:
-    killed.assert_nothing_left(within_s=45, but=RAY_AGENTS)
+    killed.assert_nothing_left(within_s=30, but=RAY_AGENTS)
     newest = max(Checkpoints(killed.folder / "checkpoints").committed())
     weights = killed.folder / f"checkpoints/step_{newest:06d}/learner/policy.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -121,7 +121,7 @@ def test_resume_after_kill_9_and_a_damaged_checkpoint(
     assert (resumed.folder / "policy" / "model.safetensors").exists()
     assert main(["audit", str(resumed.folder)]) == 0, "rolled back, tried again, counted once"
     assert main(["replay", str(resumed.folder)]) == 0, "through the kill and the resume"
-    resumed.assert_nothing_left(within_s=45)
+    resumed.assert_nothing_left(within_s=10)
     killed.assert_nothing_left(within_s=60)  # by now the agents too
 
 
@@ -143,4 +143,4 @@ def test_two_ranks_share_the_learner(interrupted: Run, begin: Callable[..., Run]
         assert mine[name] == pytest.approx(other[name], abs=1e-4), name
     halves = run.folder.glob("checkpoints/step_000002/learner/policy.*-of-00002.safetensors")
     assert len(list(halves)) == 2
-    run.assert_nothing_left(within_s=45)
+    run.assert_nothing_left(within_s=10)

@@ -151,4 +151,4 @@ def test_the_output_is_for_people(survivor: Run) -> None:
 
 def test_the_end_leaves_nothing_behind(survivor: Run) -> None:
     assert survivor.shared_memory, "the engines' shared memory was looked for in vain"
-    survivor.assert_nothing_left(within_s=45)
+    survivor.assert_nothing_left(within_s=10)

@@ -221,7 +221,7 @@ async def test_the_engines_death_is_told_to_all_who_wait(engine, policies):
     children = psutil.Process().children()
     (core,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
     os.kill(core.pid, signal.SIGKILL)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(30):
         await all_died(rolling)
         with pytest.raises(WorkerDied):
             await engine.generate(policies.prompt(1))
@@ -250,7 +250,7 @@ async def test_a_transfer_that_fails_is_the_end_of_the_engine(engine, policies):
     await asyncio.sleep(0.1)
     weights = policies.publish(13)
     short = dataclasses.replace(weights, nbytes=weights.nbytes - 4)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(30):
         with pytest.raises(WorkerDied, match=r"bytes of weights where \d+ were sent"):
             await engine.load_weights(short)
         await all_died(rolling)

@@ -47,9 +47,9 @@ def run(policy: Path, order_seed: int, end) -> Run:
         offspring = psutil.Process(process.pid).children(recursive=True)
         files = {f for p in (process.pid, *(c.pid for c in offspring)) for f in shared_files(p)}
         end(process)
-        process.wait(200)
-        _, alive = psutil.wait_procs(offspring, timeout=60)
-        deadline_s = time.monotonic() + 60
+        process.wait(60)
+        _, alive = psutil.wait_procs(offspring, timeout=15)
+        deadline_s = time.monotonic() + 5
         while any(map(os.path.exists, files)) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         left = [*map(str, alive), *filter(os.path.exists, files)]

@@ -62,7 +62,7 @@ def learner():
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def receiving(engine_spec) -> AsyncIterator[VLLMGenerator]:
-    sync = SyncConfig(transport="gloo", timeout_s=250)
+    sync = SyncConfig(transport="gloo", timeout_s=20)
     generator = VLLMGenerator("g0", engine_spec, sync)
     await generator.start()
     yield generator
@@ -142,12 +142,16 @@ async def test_a_learner_that_sends_nothing_ends_the_engine_in_time(
     """The engine's process is inside a collective then; the generator must not hang with it."""
     monkeypatch.setattr(receiving, "sync", receiving.sync.model_copy(update={"timeout_s": 2}))
     weights = replace(policies.publish(10), transport="gloo")
-    receiver = Receiver(name="g0", start=1, workers=1, near=True, timeout_s=250)
+    receiver = Receiver(name="g0", start=1, workers=1, near=True, timeout_s=20)
     offer = await learner.offer(weights, receiver)
     rolling = asyncio.create_task(receiving.generate(policies.prompt(4)))
-    async with asyncio.timeout(120):
+    began = time.monotonic()
+    async with asyncio.timeout(60):
         with pytest.raises(WorkerDied, match=r"version 10 was not loaded within sync.timeout_s=2"):
             await receiving.load_weights(weights, offer)
+    took_s = time.monotonic() - began
+    print(f"given up after {took_s:.1f} s, the engine's end included")
+    assert took_s < 2 + 15
     with pytest.raises(WorkerDied):
         await rolling
     learner.hang_up("g0")
@@ -175,7 +179,8 @@ async def test_an_engine_that_dies_on_the_way_frees_the_learner(receiving, learn
     assert not loading.done()
     for process in processes:
         process.kill()
-    async with asyncio.timeout(120):
-        with pytest.raises(WorkerDied):
-            await loading
+    began = time.monotonic()
+    with pytest.raises(WorkerDied):
+        await loading
+    assert time.monotonic() - began < 15
     assert learner.board._lines["g0"].dead

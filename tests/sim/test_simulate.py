@@ -94,7 +94,7 @@ def test_what_was_simulated_is_found_again_by_the_fit(tmp_path):
     """A run simulated with known durations; the fit reads them off its ledger and metrics."""
     truth = {
         "iteration_s": 0.02, "sequence_s": 0.001, "learn_s": 0.2, "learn_token_s": 0.002,
-        "score_s": 0.05, "score_token_s": 1e-4, "publish_s": 0.05, "load_s": 0.05, "jitter": 0.0,
+        "score_s": 0.05, "score_token_s": 1e-4, "publish_s": 0.05, "load_s": 0.15, "jitter": 0.0,
     }  # fmt: skip
     run = config(driver={"steps": 30, "max_staleness": 2}, generate={"workers": 1}, simulate=truth)
     outcome, rows = simulate(run, tmp_path / "ledger.sqlite"), []
@@ -106,6 +106,7 @@ def test_what_was_simulated_is_found_again_by_the_fit(tmp_path):
     assert model.sequence_s == pytest.approx(0.001, rel=0.25)
     assert model.learn_s == pytest.approx(0.2, rel=0.05)
     assert model.learn_token_s == pytest.approx(0.002, rel=0.05)
+    assert (model.publish_s, model.load_s) == pytest.approx((0.05, 0.15), rel=0.05)
     again = simulate(run.model_copy(update={"simulate": model}))
     assert again.samples_per_second == pytest.approx(outcome.samples_per_second, rel=0.05)
 
@@ -117,4 +118,7 @@ def test_a_run_without_times_is_refused(tmp_path):
         fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
     metrics.write_text('{"step": 1}\n{"step": 2}\n')
     with pytest.raises(NoTimings, match="no times of steps"):
+        fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
+    metrics.write_text('{"step": 1, "time/learn": 1.0}\n' * 3)
+    with pytest.raises(NoTimings, match="of an older distrl"):
         fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)

@@ -113,7 +113,7 @@ def board() -> Iterator[Switchboard]:
     board.close()
 
 
-def receiver(name: str = "g0", timeout_s: float = 250, **settings: Any) -> Receiver:
+def receiver(name: str = "g0", timeout_s: float = 60, **settings: Any) -> Receiver:
     return Receiver(
         name=name, timeout_s=timeout_s, **{"start": 1, "workers": 1, "near": True} | settings
     )
@@ -242,8 +242,8 @@ def test_who_does_not_come_is_named_in_time_and_the_next_is_served(board, publis
     takers = engine(other)
     takers.take(other)
     board.send("g1")
-    waiting.join(100)
-    assert 0.9 < late[0] < 100
+    waiting.join(10)
+    assert 0.9 < late[0] < 3
     assert torch.equal(takers.taken()[0]["w"], SMALL["w"])
     assert board.offer(version, receiver("g0", timeout_s=1), LOOPBACK).port != absent.port
 
@@ -270,29 +270,29 @@ def big() -> dict[str, torch.Tensor]:
 def wait_for_group(board: Switchboard, name: str, send: bool) -> None:
     """Meet first, and count the deadline of the send alone: a process takes seconds to start."""
     line = board._lines[name]
-    line._group = line._meet(line._listener, 1 + line.receiver.workers, 250)
+    line._group = line._meet(line._listener, 1 + line.receiver.workers, 60)
     if send:
         board.send(name)
 
 
 def test_one_that_dies_on_the_way_is_told_at_once(board, publisher, engine):
-    offer = board.offer(weights(publisher, big()), receiver(), LOOPBACK)
+    offer = board.offer(weights(publisher, big()), receiver(timeout_s=60), LOOPBACK)
     takers = engine(offer)
     wait_for_group(board, "g0", send=False)
     threading.Timer(0.5, takers.end).start()
     began = time.monotonic()
     with pytest.raises(TransferFailed, match=r"g0 \(start 1\): .*Connection"):
         board.send("g0")
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 20
 
 
 def test_who_hangs_up_frees_the_send(board, publisher):
-    board.offer(weights(publisher, SMALL), receiver(), LOOPBACK)
+    board.offer(weights(publisher, SMALL), receiver(timeout_s=10), LOOPBACK)
     threading.Timer(0.3, board.hang_up, ["g0"]).start()
     began = time.monotonic()
     with pytest.raises(TransferFailed, match=r"g0 \(start 1\): its load failed"):
         board.send("g0")
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 5
     board.hang_up("nobody")
 
 

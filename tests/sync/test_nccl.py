@@ -212,7 +212,7 @@ def test_nobody_comes_to_the_rendezvous():
     began = time.monotonic()
     with pytest.raises(DistStoreError, match="1/2 clients joined"):
         NCCLGroup.meet(socket.create_server((LOOPBACK, 0)), world=2, timeout_s=1)
-    assert time.monotonic() - began < 60  # torch itself would wait for five minutes
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there may be a NCCL library here")
