@@ -9,10 +9,10 @@ the same number of samples; what the replaced groups cost stands beside them. Re
 all groups that were generated, replaced ones too, for what is trained on with it is never all
 liked.
 
-Thresholds, set before the first run: with it no trained batch holds a group of equal rewards, and
-the reward over the run is at least that of the run without it. What is not the threshold's was
-changed since: at a price of 0.01 a nat and 30 steps, nearly all was liked after 15, and the run
-ended for want of groups to learn from.
+Thresholds: with it no trained batch holds a group of equal rewards, and the reward over the run is
+at least that of the run without it. Changed after a first run with it, which did not end: the
+reward was that of trained groups alone, and at 0.01 a nat nearly all was liked after 15 of 30
+steps, so that no group was left to learn from.
 """
 
 from __future__ import annotations

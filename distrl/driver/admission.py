@@ -43,11 +43,11 @@ At the gradient the learner's version is u_k, so a token's age is at most
 A drop hurts nowhere: a dropped group has no place, and its slot may go to a later prompt.
 With l = 0 it says that B prompts are sampled, learned from, and only then the next B: lockstep.
 
-**No deadlock.** The learner waits for groups, and for loads, which wait for neither; never for
-slots. So while it waits for groups, a time comes when no consumed group holds a slot. As W ≤ lB, S
-≥ B: if fewer than B groups are in flight or buffered, a slot is free and the byte bound does not
-apply (`OrderedBuffer.room`), so more are admitted. If B or more are, each of them lands or is
-dropped, and then B of them can be taken.
+**No deadlock.** The learner waits for groups and for loads, never for slots, and a load waits for
+no group. So while the learner waits for groups, the last load ends, and then no consumed group
+holds a slot. As W ≤ lB, S ≥ B: if fewer than B groups are in flight or buffered, a slot is free and
+the byte bound does not apply (`OrderedBuffer.room`), so more are admitted. If B or more are, each
+of them lands or is dropped, and then B of them can be taken.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Driver:
         extra_state: Mapping[str, Any] | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        """`clock` must run as the event loop's. `on_rollouts` is awaited after each metrics row.
+        """`clock` must run as the event loop's. `on_rollouts` is awaited after each step.
         `extra_state` goes into the state of every checkpoint (a W&B run id, say)."""
         start = start or Start()
         batch = config.prompts_per_step

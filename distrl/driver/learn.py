@@ -97,10 +97,10 @@ class LearnLoop:
         step = self.progress.step
         if step == self._saved_step:
             return
+        await self._settled()  # a committed step has its row
         self.progress.doing = f"writing the checkpoint of step {step}"
         folder = await asyncio.to_thread(self.checkpoints.begin, step)
         await self.learner.save(folder / LEARNER_FOLDER)
-        await self._settled()  # a committed step has its row
         cursor = self.buffer.cursor
         state = self.progress.state(cursor, self.buffer.ahead, self.drops())
         state |= {"ledger": self.ledger.run_id, "bound": self.control.bound}
