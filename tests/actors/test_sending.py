@@ -21,10 +21,6 @@ from distrl.learn.spec import Place
 from distrl.records import Offer, Receiver, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
 
-# On a busy machine a second takes a minute: what must not be waited for lasts longer than any test.
-LONG_S = 600
-SOON_S = 200
-
 # -- the two calls, without actors ----------------------------------------------------------------
 
 OFFER = Offer(host="127.0.0.1", port=1, world=2, tensors=())
@@ -87,10 +83,10 @@ async def test_a_mismatch_leaves_the_group_as_it_is() -> None:
 
 
 FAILURES: dict[str, tuple[Sender, Any, str]] = {
-    "the receiver dies": (Sender(takes_s=LONG_S), receives(0, WorkerDied("gone")), "^gone$"),
+    "the receiver dies": (Sender(takes_s=9), receives(0, WorkerDied("gone")), "^gone$"),
     "the sender fails, the receiver hangs": (
         Sender(RoleError("did not come")),
-        receives(LONG_S),
+        receives(9),
         "g0: version 3 was not sent: did not come",
     ),
     "both fail, the receiver last": (
@@ -103,8 +99,8 @@ FAILURES: dict[str, tuple[Sender, Any, str]] = {
         receives(),
         "was not sent: reset",
     ),
-    "both hang": (Sender(takes_s=LONG_S), receives(LONG_S), "neither loaded nor given up"),
-    "the receiver hangs": (Sender(), receives(LONG_S), "neither loaded nor given up"),
+    "both hang": (Sender(takes_s=9), receives(9), "neither loaded nor given up"),
+    "the receiver hangs": (Sender(), receives(9), "neither loaded nor given up"),
 }
 
 
@@ -112,17 +108,18 @@ FAILURES: dict[str, tuple[Sender, Any, str]] = {
 @pytest.mark.parametrize("case", FAILURES)
 async def test_any_failure_frees_both_and_is_a_death(case: str) -> None:
     sender, receive, said = FAILURES[case]
-    async with asyncio.timeout(SOON_S):
-        with pytest.raises(WorkerDied, match=said):
-            await send(weights(), sender, RECEIVER, receive)
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match=said):
+        await send(weights(), sender, RECEIVER, receive)
+    assert time.monotonic() - began < 2
     assert sender.hung_up == ["g0"]
     await asyncio.sleep(0.01)  # to let the cancelled ones end
     assert len(asyncio.all_tasks()) == 1, "nobody is left waiting"
 
 
 async def test_who_is_cancelled_hangs_up() -> None:
-    sender = Sender(takes_s=LONG_S)
-    load = asyncio.create_task(send(weights(), sender, RECEIVER, receives(LONG_S)))
+    sender = Sender(takes_s=9)
+    load = asyncio.create_task(send(weights(), sender, RECEIVER, receives(9)))
     await asyncio.sleep(0.05)
     load.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -131,6 +128,11 @@ async def test_who_is_cancelled_hangs_up() -> None:
 
 
 # -- real actors, real groups; only the networks and the engine are missing ------------------------
+
+# Told by the death and not by a deadline: that one is longer than any test may take, so that on a
+# busy machine, too, the two are far apart.
+LONG_S = 600
+SOON_S = 200
 
 
 class SlowLearner(LearnerActor):
