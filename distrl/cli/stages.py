@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from distrl.checkpoint import RunDir
 from distrl.config import Config, ConfigError, dump_yaml, resolve
 from distrl.data.smollm2 import resolve_model
+from distrl.learn.allocator import return_freed_memory
 from distrl.metrics import stage_progress
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
     with _Progress(stage.title) as on_step:
         report = run_sft(config, stage.folder, on_step)
     stage.finish()
+    return_freed_memory()
     print(
         f"SFT: {report.parameters / 1e6:.1f} M parameters, held-out loss "
         f"{report.validation_loss:.2f} nats a token, {report.seconds:.0f} s",
@@ -178,6 +180,7 @@ def make_reward_model(config: Config, *, fresh: bool = False) -> None:
     with _Progress(stage.title) as on_step:
         report = run_reward_model(config, policy_folder(config), stage.folder, on_step)
     stage.finish()
+    return_freed_memory()
     print(f"Reward model: {_accuracy(report)}, {report.seconds:.0f} s", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Memory that a pass frees is there for the next one."""
+"""Memory that a pass frees is there for the next one, until it is given back."""
 
 from __future__ import annotations
 
@@ -7,24 +7,74 @@ import sys
 
 import pytest
 
-ROUNDS = """
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+
+START = """
 import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
 import torch
-from distrl.learn.allocator import keep_freed_memory
+from distrl.learn.allocator import keep_freed_memory, return_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+def work(mib):
+    graph = [torch.ones(mib * 2**18) for _ in range(160 // mib)]
+    together.wait()
+    return len(graph)
 
 keep_freed_memory()
-for turn in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    graph = [torch.ones(2**20) for _ in range(40)]  # 4 MiB each, all freed together
-    del graph
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+together = Barrier(1)
+"""
+
+ALONE = """
+for turn in range(12):
+    before = faults()
+    work({mib})
+print(faults() - before)
+"""
+
+THREADS = """
+together = Barrier(2)
+with ThreadPoolExecutor(2) as threads:
+    for turn in range(12):
+        before = faults()
+        list(threads.map(work, [{mib}] * 2))
+print(faults() - before)
+"""
+
+RETURN = """
+before = resident_mib()
+work(40)
+kept = resident_mib() - before
+return_freed_memory()
+print(round(kept), round(resident_mib() - before))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-def test_freed_blocks_are_used_again():
-    """Without the setting two processes in three ask the kernel for all 40,000 pages again."""
-    for _ in range(3):
-        words = [sys.executable, "-c", ROUNDS]
-        answer = subprocess.run(words, check=True, capture_output=True, text=True)
-        assert int(answer.stdout) < 2_000
+def _printed(program: str) -> list[int]:
+    words = [sys.executable, "-c", START + program]
+    answer = subprocess.run(words, check=True, capture_output=True, text=True)
+    return [int(word) for word in answer.stdout.split()]
+
+
+@linux
+@pytest.mark.parametrize("program", [ALONE, THREADS], ids=["alone", "threads"])
+@pytest.mark.parametrize("mib", [4, 80])
+def test_freed_blocks_are_used_again(program, mib):
+    """As glibc comes, the kernel is asked for all 40,000 pages of a graph again. It takes some
+    turns until small things that stay have found places between large ones."""
+    assert _printed(program.format(mib=mib))[0] < 4_000
+
+
+@linux
+def test_what_a_stage_leaves_can_be_given_back():
+    kept, left = _printed(RETURN)
+    assert kept > 150
+    assert left < 20
