@@ -122,7 +122,7 @@ class GeneratorActor:
 
     async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
         """Take on weights whose image came from another machine."""
-        path = self.images.relay(image.data, weights.version)
+        path = self.images.relay(image.data)
         await self.load_weights(replace(weights, locator=path))
 
     async def close(self) -> None:
@@ -229,7 +229,10 @@ class LearnerActor:
 
     def image(self, weights: Weights) -> np.ndarray:
         """The bytes of a version that this learner still holds."""
-        return np.fromfile(weights.locator, dtype=np.uint8)
+        from distrl.sync.memory import hold
+
+        with hold(weights.locator, weights.version) as file:
+            return np.fromfile(file, dtype=np.uint8)
 
     def offer(self, weights: Weights, receiver: Receiver) -> Offer:
         """Have a version ready to be sent. Raises RoleError where it is not kept any more."""

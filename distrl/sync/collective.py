@@ -24,7 +24,6 @@ from typing import Protocol
 from distrl.records import Offer, Receiver, Weights
 from distrl.sync.gloo import GlooGroup
 from distrl.sync.image import Image
-from distrl.sync.memory import still_held
 from distrl.sync.nccl import NCCLGroup
 
 LATER_S = 5
@@ -132,12 +131,12 @@ class Switchboard:
 
     def offer(self, weights: Weights, receiver: Receiver, host: str) -> Offer:
         """Have a version ready for one engine. Raises TransferFailed where it is not kept."""
-        if not still_held(weights):
-            raise TransferFailed(f"the learner does not keep version {weights.version} any more")
         try:
-            image = Image(weights.locator)
+            image = Image(weights.locator, weights.version)
         except OSError as error:
-            raise TransferFailed(f"version {weights.version} cannot be read: {error}") from error
+            raise TransferFailed(
+                f"the learner does not keep version {weights.version} any more: {error}"
+            ) from error
         with self._lock:
             old = line = self._lines.get(receiver.name)
             if line is None or line.dead or line.receiver != receiver:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from distrl.records import TensorInfo
-from distrl.sync.memory import DTYPES
+from distrl.sync.memory import DTYPES, hold
 
 NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPES.items()}
 """From the safetensors name of a dtype to torch's."""
 
 
 class Image:
-    """One version, mapped into memory: it can be read after its publisher has let go of it."""
+    """One version, mapped into memory: it can be read after its publisher has let go of it, and
+    is not written over while this object is there."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str, version: int) -> None:
         """Raises OSError where the image is not there any more."""
+        self._held = hold(path, version)
         self._file = safe_open(path, framework="pt", device="cpu")
         self.infos = tuple(self._info(name) for name in self._file.offset_keys())
 

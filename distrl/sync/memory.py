@@ -5,6 +5,10 @@ Each published version is one safetensors image in an anonymous memory file
 (`memfd_create`), reached by other processes of the same machine and user as
 `/proc/<learner pid>/fd/<n>`. It has no name in any file system, so it is gone with
 the learner however that ends: there is never a file in /dev/shm to clean up.
+
+A new version is written over the oldest, as most of a write is finding free pages of memory. Who
+reads an image holds a lock on it (`hold`), and then it is let go of instead; and an image says
+which version it is.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import partial
 from itertools import accumulate
 from typing import BinaryIO
@@ -21,10 +26,11 @@ from typing import BinaryIO
 import torch
 from torch.distributed.tensor import DTensor
 
-from distrl.records import Weights
-
 KEPT_VERSIONS = 2
 """A generator may still be reading the version before while the next is written."""
+
+
+NAME = "distrl-weights"
 
 
 class NonFiniteWeights(ValueError):
@@ -35,7 +41,7 @@ class SharedMemoryPublisher:
     """Holds the newest versions of a set of weights for other processes to read."""
 
     def __init__(self, threads: int = 1) -> None:
-        """threads: that write; most of a write is finding free pages of memory."""
+        """threads: that write."""
         self._open: deque[BinaryIO] = deque()
         self._writers = ThreadPoolExecutor(threads, "publish")
 
@@ -47,27 +53,41 @@ class SharedMemoryPublisher:
         Tensors that are spread over ranks are gathered one at a time; the other ranks have to
         take part with a `Bystander`.
         """
-        file = _memory_file(version)
+        file = self._writable()
         try:
-            nbytes = write_safetensors(file, tensors, self._writers)
+            nbytes = write_safetensors(file, tensors, version, self._writers)
         except BaseException:
             file.close()
             raise
-        return self._hold(file), nbytes
+        return self._keep(file), nbytes
 
-    def relay(self, image: bytes | memoryview, version: int) -> str:
+    def relay(self, image: bytes | memoryview) -> str:
         """Hold the image of a version that was published on another machine.
 
         Returns the path that a reader on this machine opens.
         """
-        file = _memory_file(version)
+        file = self._writable()
         _write(file, memoryview(image), at=0)
-        return self._hold(file)
+        os.ftruncate(file.fileno(), len(image))
+        return self._keep(file)
 
-    def _hold(self, file: BinaryIO) -> str:
+    def _writable(self) -> BinaryIO:
+        """A file that is this process's alone: the oldest version's, or a new one where there are
+        not enough versions yet or somebody is reading it."""
+        if len(self._open) >= KEPT_VERSIONS:
+            file = self._open.popleft()
+            try:
+                flock(file, LOCK_EX | LOCK_NB)
+                return file
+            except BlockingIOError:
+                file.close()
+        file = os.fdopen(os.memfd_create(NAME), "r+b", buffering=0)
+        flock(file, LOCK_EX)
+        return file
+
+    def _keep(self, file: BinaryIO) -> str:
+        flock(file, LOCK_UN)
         self._open.append(file)
-        while len(self._open) > KEPT_VERSIONS:
-            self._open.popleft().close()
         return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
     def close(self) -> None:
@@ -75,6 +95,27 @@ class SharedMemoryPublisher:
         while self._open:
             self._open.popleft().close()
         self._writers.shutdown()
+
+
+def hold(path: str, version: int) -> BinaryIO:
+    """A published image, open and as it is until this is closed.
+
+    Raises OSError where it is not there any more: the same path may be a newer version's by now,
+    or anything's.
+    """
+    if not os.readlink(path).startswith(f"/memfd:{NAME}"):
+        raise FileNotFoundError(f"{path} is no image by now")
+    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    try:
+        flock(file, LOCK_SH | LOCK_NB)
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        if header[METADATA]["version"] != str(version):
+            raise FileNotFoundError(f"{path} holds version {header[METADATA]['version']} by now")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class Bystander:
@@ -97,14 +138,17 @@ DTYPES = {
 }
 
 
+METADATA = "__metadata__"
+"""What safetensors calls a header's entry for texts of one's own."""
+
 PART = 2**22
 """Elements of a tensor that one thread writes at a time."""
 
 
 def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, torch.Tensor], writers: ThreadPoolExecutor
+    file: BinaryIO, tensors: Mapping[str, torch.Tensor], version: int, writers: ThreadPoolExecutor
 ) -> int:
-    """Write `tensors` in the safetensors format, one at a time; returns their bytes.
+    """Make `file` the image of `tensors`, written one at a time; returns their bytes.
 
     The library's own writer either renames a temporary file into place, which an
     anonymous file cannot have, or builds the whole image in memory first; and it refuses a tied
@@ -113,7 +157,7 @@ def write_safetensors(
     Layout: header length (8 bytes, little-endian), JSON header, raw data.
     Raises NonFiniteWeights, naming the tensor.
     """
-    header: dict[str, object] = {}
+    header: dict[str, object] = {METADATA: {"version": str(version)}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -132,7 +176,9 @@ def write_safetensors(
         data = [part.view(torch.uint8).numpy().data for part in parts]
         places = accumulate((len(part) for part in data), initial=at)
         *places, at = places
-        list(writers.map(partial(_write, file), data, places))
+        each = writers.map if len(data) > 1 else map  # a small one is written by who asks
+        list(each(partial(_write, file), data, places))
+    os.ftruncate(file.fileno(), at)
     return end
 
 
@@ -147,24 +193,6 @@ def _gathered(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not (torch.isfinite(gathered.sum()) or torch.isfinite(gathered).all()):
         raise NonFiniteWeights(f"{name} holds a NaN or Inf; these weights are not published")
     return gathered
-
-
-def still_held(weights: Weights) -> bool:
-    """Whether a version's image is still where it was published: a descriptor that was closed may
-    be that of a newer version by now."""
-    try:
-        held = os.readlink(weights.locator)
-    except OSError:
-        return False
-    return held.split()[0] == f"/memfd:{_name(weights.version)}"
-
-
-def _name(version: int) -> str:
-    return f"distrl-weights-{version}"
-
-
-def _memory_file(version: int) -> BinaryIO:
-    return os.fdopen(os.memfd_create(_name(version)), "wb", buffering=0)
 
 
 def _write(file: BinaryIO, data: memoryview, at: int) -> None:

@@ -11,7 +11,7 @@ from distrl.sync import nccl
 
 def in_memory(weights: Weights) -> dict[str, Any]:
     """Weights that the engine's workers find in shared memory (`vllm_transfer.py`)."""
-    return {"path": weights.locator, "nbytes": weights.nbytes}
+    return {"path": weights.locator, "version": weights.version, "nbytes": weights.nbytes}
 
 
 def meeting(offer: Offer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ memory (see `distrl.sync.memory`), which is mapped, checked and loaded in place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
@@ -21,6 +21,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from distrl.sync.memory import hold
+
 
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):
@@ -29,9 +31,10 @@ class NoInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """Where one version lies, and how many bytes it must hold."""
+    """Where a version lies, and how many bytes it must hold."""
 
     path: str
+    version: int
     nbytes: int
 
 
@@ -40,6 +43,7 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate])
 
     init_info_cls = NoInitInfo
     update_info_cls = SharedMemoryUpdate
+    _held: BinaryIO | None = None
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None: ...
 
@@ -53,13 +57,18 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate])
     def finish_weight_update(self) -> None:
         """Pack the layers for the kernels again, now with the new weights."""
         finalize_layerwise_reload(self.model, self.model_config)
+        if self._held is not None:  # the loader may have kept tensors of the image until now
+            self._held.close()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         """Map the image and hand it to the model's own loader, tensor by tensor.
 
-        Raises ValueError where the image is not as large as was announced.
+        Raises OSError where the image is not there any more, and ValueError where it is not as
+        large as was announced.
         """
-        with safe_open(update_info.path, framework="pt", device=str(self.device)) as image:
+        path = update_info.path
+        self._held = hold(path, update_info.version)
+        with safe_open(path, framework="pt", device=str(self.device)) as image:
             tensors = [(name, image.get_tensor(name)) for name in image.keys()]  # noqa: SIM118
             nbytes = sum(t.numel() * t.element_size() for _, t in tensors)
             if nbytes != update_info.nbytes:

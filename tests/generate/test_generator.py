@@ -100,6 +100,16 @@ async def test_the_prefix_cache_never_serves_old_weights(engine, policies, monke
     assert policies.gap(before) < TOLERANCE and policies.gap(after) < TOLERANCE
 
 
+async def test_what_an_engine_has_loaded_is_its_own(engine, policies):
+    """Newer versions are written over the image that it was loaded from."""
+    image = policies.publish(10)
+    await engine.load_weights(image)
+    assert policies.publish(11).locator != image.locator == policies.publish(12).locator
+    rollout = (await roll(engine, [policies.prompt(1)]))[0]
+    assert versions(rollout) == {10}
+    assert policies.gap(rollout) < TOLERANCE
+
+
 async def cached_tokens(engine: VLLMGenerator, prompt: Prompt, monkeypatch) -> int:
     """Of the first sample: the others of a group share its prompt rightly."""
     params = engine._sampling()

@@ -147,7 +147,7 @@ def test_an_image_says_what_is_in_it_and_outlives_its_publisher(publisher):
         "half": torch.ones(1, 1, 2, dtype=torch.float16),
     }
     path, _ = publisher.publish(sent, version=1)
-    image = Image(path)
+    image = Image(path, 1)
     publisher.close()
     described = [(info.name, info.dtype, info.shape) for info in image.infos]
     assert described == [
@@ -164,7 +164,7 @@ def test_an_image_says_what_is_in_it_and_outlives_its_publisher(publisher):
 def test_tensors_are_read_one_at_a_time(publisher, monkeypatch):
     """A device never holds more of the image than who iterates does."""
     path, _ = publisher.publish({f"w{n}": torch.full((1000,), n) * 1.0 for n in range(5)}, 1)
-    image = Image(path)
+    image = Image(path, 1)
     read: list[str] = []
 
     class Spy:

@@ -20,6 +20,7 @@ from distrl.sync.memory import (
     KEPT_VERSIONS,
     NonFiniteWeights,
     SharedMemoryPublisher,
+    hold,
 )
 
 
@@ -108,8 +109,55 @@ def open_files() -> int:
 def test_a_version_has_no_name_in_any_file_system(publisher):
     path, nbytes = publisher.publish(tensors(), version=3)
     target = os.readlink(path)
-    assert re.fullmatch(r"/memfd:distrl-weights-3 \(deleted\)", target)
+    assert re.fullmatch(r"/memfd:distrl-weights \(deleted\)", target)
     assert os.stat(path).st_nlink == 0 and os.stat(path).st_size > nbytes
+
+
+def test_the_oldest_version_is_written_over_unless_it_is_held(publisher):
+    first, _ = publisher.publish(tensors(0), version=0)
+    publisher.publish(tensors(1), version=1)
+    third, _ = publisher.publish(tensors(2), version=2)
+    assert third == first, "of the same pages"
+    with hold(third, 2) as held:
+        publisher.publish(tensors(3), version=3)
+        fifth, _ = publisher.publish(tensors(4), version=4)
+        assert torch.equal(load(held.read())["float32"], tensors(2)["float32"])
+        assert torch.equal(load_file(fifth)["float32"], tensors(4)["float32"])
+
+
+def test_a_smaller_version_leaves_nothing_of_a_larger_one(publisher):
+    """safetensors refuses a file that is longer than its header says."""
+    for version, numbers in enumerate([1000, 1000, 10, 1000, 999]):
+        path, _ = publisher.publish({"w": torch.full((numbers,), float(version))}, version)
+        assert torch.equal(load_file(path)["w"], torch.full((numbers,), float(version)))
+
+
+def test_a_version_that_was_written_over_cannot_be_held(publisher):
+    paths = [publisher.publish(tensors(), version)[0] for version in range(3)]
+    with pytest.raises(OSError, match="holds version 2 by now"):
+        hold(paths[0], 0)
+    hold(paths[0], 2).close()
+    publisher.close()
+    with pytest.raises(OSError, match="No such file"):
+        hold(paths[0], 2)
+    with open(os.devnull) as other, pytest.raises(OSError, match="is no image by now"):
+        hold(f"/proc/self/fd/{other.fileno()}", 2)
+
+
+def test_an_image_that_is_being_written_cannot_be_held(publisher, monkeypatch):
+    path, _ = publisher.publish(tensors(), version=0)
+    publisher.publish(tensors(), version=1)
+    tried = []
+
+    def write(*_):
+        with pytest.raises(BlockingIOError):
+            hold(path, 0)
+        tried.append(path)
+        return 0
+
+    monkeypatch.setattr("distrl.sync.memory.write_safetensors", write)
+    publisher.publish(tensors(), version=2)
+    assert tried == [path]
 
 
 PUBLISH_AND_WAIT = """
@@ -141,7 +189,7 @@ def test_another_process_can_read_it_until_its_owner_is_killed():
 def test_an_image_is_relayed_to_the_byte(publisher):
     path, _ = publisher.publish(tensors(), version=6)
     elsewhere = SharedMemoryPublisher()
-    copy = elsewhere.relay(Path(path).read_bytes(), version=6)
+    copy = elsewhere.relay(Path(path).read_bytes())
     assert copy != path and Path(copy).read_bytes() == Path(path).read_bytes()
     assert load(Path(copy).read_bytes()).keys() == tensors().keys()
     elsewhere.close()

@@ -47,7 +47,7 @@ def image() -> Image:
     tensors = {name: torch.randn(size, 2) for name, size in sizes.items()}
     tensors |= {"half": torch.randn(34).bfloat16(), "scalar": torch.tensor(2.5)}
     path, _ = publisher.publish(tensors, version=1)
-    image = Image(path)
+    image = Image(path, 1)
     publisher.close()
     return image
 
@@ -80,11 +80,12 @@ def test_memory_is_told_what_our_own_engine_expects():
     engine = object.__new__(SharedMemoryTransfer)
 
     class Published:
-        locator, nbytes = "/proc/1/fd/0", 8
+        locator, version, nbytes = "/proc/1/fd/0", 5, 8
 
     published: Any = Published
     assert vars(engine.parse_update_info(in_memory(published))) == {
         "path": "/proc/1/fd/0",
+        "version": 5,
         "nbytes": 8,
     }
 

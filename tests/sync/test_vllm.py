@@ -58,10 +58,12 @@ def test_an_image_reaches_the_models_loader(transfer):
     sent = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
     path, nbytes = publisher.publish(sent, version=1)
     assert nbytes == 32
-    transfer.receive_weights(SharedMemoryUpdate(path=path, nbytes=nbytes))
+    transfer.receive_weights(SharedMemoryUpdate(path=path, version=1, nbytes=nbytes))
     assert all(torch.equal(transfer.model.loaded[name], sent[name]) for name in sent)
     with pytest.raises(ValueError, match="32 bytes of weights where 40 were sent"):
-        transfer.receive_weights(SharedMemoryUpdate(path=path, nbytes=40))
+        transfer.receive_weights(SharedMemoryUpdate(path=path, version=1, nbytes=40))
+    with pytest.raises(OSError, match="holds version 1 by now"):
+        transfer.receive_weights(SharedMemoryUpdate(path=path, version=2, nbytes=nbytes))
     publisher.close()
 
 
