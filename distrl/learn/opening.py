@@ -8,7 +8,10 @@ there is one epoch of one minibatch, `prepare` has nothing left to compute but t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 from distrl.learn.experience import Experience
 from distrl.learn.forward import response_logprobs, response_values
 from distrl.learn.networks import Networks
-from distrl.learn.ranks import Load, Ranks
+from distrl.learn.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +54,28 @@ def read_opening(
     loads = ranks.loads(batch.lengths_B, index, micro_tokens, padded=padded)
     if any(len(load) > 1 for load in loads):
         return []
+    critic = networks.critic
+    parts = [batch.rows(load[0][0]) for load in loads]
 
-    def read(load: Load) -> Opening:
-        rows = batch.rows(load[0][0])
-        logprobs, entropy, states = response_logprobs(
-            networks.policy, rows, temperature, with_entropy=True
-        )
-        values = None
-        if networks.critic is not None:
-            values = response_values(networks.critic, rows, states if networks.shared else None)
-        return Opening(
-            rows=load[0][0], logprobs=logprobs, entropy=entropy, states=states, values=values
-        )
+    def policy(part: Experience) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        read = response_logprobs(networks.policy, part, temperature, with_entropy=True)
+        shared = critic is not None and networks.shared
+        return (*read, response_values(critic, part, read[-1]) if shared else None)
 
-    return ranks.crew.run(read, loads)
+    work: list[Callable[[], Any]] = [partial(policy, part) for part in parts]
+    if critic is not None and not networks.shared:
+        work += [partial(response_values, critic, part) for part in parts]
+    done = ranks.crew.run(lambda each: each(), work)
+    found, apart = done[: len(parts)], done[len(parts) :] or [None] * len(parts)
+    return [
+        Opening(
+            rows=load[0][0],
+            logprobs=logprobs,
+            entropy=entropy,
+            states=states,
+            values=shared if values is None else values,
+        )
+        for load, (logprobs, entropy, states, shared), values in zip(
+            loads, found, apart, strict=True
+        )
+    ]

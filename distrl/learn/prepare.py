@@ -210,22 +210,32 @@ class _Passes:
         case. The reference may be the policy without its adapter, so it has the weights to itself.
         """
         index = wanted_B.nonzero().squeeze(1)
-        values = values and self.networks.critic is not None
-        if not len(index):
-            return
-        if policy or values:
-            self._share_out(index, partial(self._own, policy=policy, values=values))
-        if reference and self.config.kl.used:
-            with self.networks.as_reference() as other:
-                self._share_out(index, partial(self._told, other))
+        networks = self.networks
+        values = values and networks.critic is not None
+        reference = reference and self.config.kl.used
+        reads = []
+        if networks.shared and values:
+            reads.append(partial(self._own, policy=policy, values=True))
+        else:
+            reads += [partial(self._own, policy=True, values=False)] if policy else []
+            reads += [partial(self._own, policy=False, values=True)] if values else []
+        if reference and networks.reference is not None:
+            reads.append(partial(self._told, networks.reference))
+        self._share_out(index, reads)
+        if reference and networks.reference is None:
+            with networks.as_reference() as other:
+                self._share_out(index, [partial(self._told, other)])
 
-    def _share_out(self, index: Tensor, read: Callable[[Experience], Found]) -> None:
-        """Add what `read` finds of the sequences at `index`."""
+    def _share_out(self, index: Tensor, reads: Sequence[Callable[[Experience], Found]]) -> None:
+        """Add what each of `reads` finds of the sequences at `index`."""
+        if not len(index) or not reads:
+            return
         kept = (self.proximal, self.entropy, self.reference, self.values)
         found = [torch.zeros_like(tensor) for tensor in kept]
         padded = not self.networks.packed
 
-        def work(load: Load) -> None:
+        def work(item: tuple[Callable[[Experience], Found], Load]) -> None:
+            read, load = item
             for part, counts in load:
                 rows = self.batch.rows(part)
                 width = rows.tokens_BT.shape[1]
@@ -235,7 +245,7 @@ class _Passes:
 
         budget = self.config.micro_tokens
         loads = self.ranks.loads(self.batch.lengths_B, index, budget, padded=padded)
-        self.ranks.crew.run(work, loads)
+        self.ranks.crew.run(work, [(read, load) for read in reads for load in loads])
         self.ranks.add(*found)
         for tensor, numbers in zip(kept, found, strict=True):
             tensor += numbers

@@ -10,7 +10,7 @@ settled for the minibatch as a whole, so the gradients add up to the same howeve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -105,50 +105,74 @@ class Update:
         if not loads:
             budget = self.config.micro_tokens
             loads = self.ranks.loads(batch.lengths_B, index, budget, padded=padded)
-        weights = [weight for part in self.networks.trained for weight in part.parameters()]
+        ways = self._ways(prices)
 
-        def work(turn: int) -> tuple[Tensor, Gradients]:
-            """One thread's part of the gradient, and of each figure of the report."""
-            gradients = Gradients(weights if len(loads) > 1 else None)
+        def work(item: tuple[_Way, int]) -> tuple[Tensor, Gradients]:
+            """One load's part of a way's gradient, and of each figure of the report."""
+            way, turn = item
+            gradients = Gradients(way.weights if len(loads) > 1 else None)
             sums = prepared.weights.new_zeros(len(fields(MinibatchReport)))
             for part, counts in loads[turn]:
                 micro = whole.micro(part, counts, opening[turn] if opening else None)
-                sums += self._backward(micro, prices, gradients)
-                read = micro.rows.ids_BL.numel() if padded else micro.rows.lengths_B.sum()
-                sums[-1] += read * counts
+                sums += way.back(micro, prices, gradients)
+                if way is ways[0]:
+                    read = micro.rows.ids_BL.numel() if padded else micro.rows.lengths_B.sum()
+                    sums[-1] += read * counts
             return sums, gradients
 
         sums = prepared.weights.new_zeros(len(fields(MinibatchReport)))
-        done = self.ranks.crew.run(work, range(len(loads)))
+        items = [(way, turn) for way in ways for turn in range(len(loads))]
+        done = self.ranks.crew.run(work, items)
         for found, _ in done:
             sums += found
-        hand_over([gradients for _, gradients in done], self.ranks.crew)
+        for place in range(0, len(done), len(loads)):
+            found = [gradients for _, gradients in done[place : place + len(loads)]]
+            hand_over(found, self.ranks.crew)
         self.ranks.add(sums)
         sums[-1] = 1 - batch.lengths_B[index].sum() / sums[-1]
         return MinibatchReport(
             **dict(zip((f.name for f in fields(MinibatchReport)), sums.tolist(), strict=True))
         )
 
-    def _backward(self, micro: _Micro, prices: Prices, gradients: Gradients) -> Tensor:
-        """The gradients of one microbatch; its part of each figure of the report."""
-        networks, nothing = self.networks, micro.shares.new_zeros(())
-        policy, clipped, moved, states = nothing, nothing, nothing, None
+    def _ways(self, prices: Prices) -> list[_Way]:
+        """The ways back that a minibatch takes. A critic with a body of its own has its own: a
+        thread that is done early takes on another load of either."""
+        networks = self.networks
+        weights = [list(part.parameters()) for part in networks.trained]
+        if networks.shared:
+            return [_Way(self._back_through_both, [w for part in weights for w in part])]
+        ways = [_Way(self._back_through_policy, weights[0])] if prices.policy_learns else []
+        if networks.critic is not None:
+            ways.append(_Way(self._back_through_critic, weights[1]))
+        return ways
+
+    def _back_through_policy(self, micro: _Micro, prices: Prices, gradients: Gradients) -> Tensor:
+        """The policy's gradients of one microbatch; its part of each figure of the report."""
+        policy, clipped, moved, _ = self._policy_loss(micro, prices)
+        gradients.backward(policy)
+        return _figures(policy_loss=policy, clip_fraction=clipped, approx_kl=moved)
+
+    def _back_through_critic(self, micro: _Micro, prices: Prices, gradients: Gradients) -> Tensor:
+        value, clipped = self._value_loss(micro, None)
+        gradients.backward(value)
+        return _figures(value_loss=value, value_clip_fraction=clipped)
+
+    def _back_through_both(self, micro: _Micro, prices: Prices, gradients: Gradients) -> Tensor:
+        """Where the critic stands on the policy's body: one way back serves both."""
         if prices.policy_learns:
             policy, clipped, moved, states = self._policy_loss(micro, prices)
-        elif networks.shared:
-            states = response_states(networks.policy, micro.rows)
-        figures = [policy.detach(), nothing, clipped, moved, nothing, nothing]
-        if not networks.shared and prices.policy_learns:
-            gradients.backward(policy)  # before the critic's pass: one graph is held at a time
-        if networks.critic is None:
-            return torch.stack(figures)
-        value, value_clipped = self._value_loss(micro, states if networks.shared else None)
-        if networks.shared:
-            gradients.backward(policy + self.config.value.coef * value)
         else:
-            gradients.backward(value)
-        figures[1], figures[4] = value.detach(), value_clipped
-        return torch.stack(figures)
+            policy = clipped = moved = micro.shares.new_zeros(())
+            states = response_states(self.networks.policy, micro.rows)
+        value, value_clipped = self._value_loss(micro, states)
+        gradients.backward(policy + self.config.value.coef * value)
+        return _figures(
+            policy_loss=policy,
+            clip_fraction=clipped,
+            approx_kl=moved,
+            value_loss=value,
+            value_clip_fraction=value_clipped,
+        )
 
     def _policy_loss(self, micro: _Micro, prices: Prices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, share of clipped tokens, KL(old || new), and the policy's states."""
@@ -194,6 +218,20 @@ class Update:
         found = value_loss(values, known.values, known.returns, known.kept, self.config.value.clip)
         share = micro.means.sum()
         return found.loss * share, found.clip_fraction * share
+
+
+def _figures(**known: Tensor) -> Tensor:
+    """A microbatch's part of a `MinibatchReport`; 0 where nothing is known."""
+    nothing = next(iter(known.values())).new_zeros(())
+    return torch.stack([known.get(f.name, nothing).detach() for f in fields(MinibatchReport)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way back, and the weights whose gradients it finds."""
+
+    back: Callable[[_Micro, Prices, Gradients], Tensor]
+    weights: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)

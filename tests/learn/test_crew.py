@@ -74,3 +74,29 @@ def test_each_thread_reads_its_own_sequences(new_learner, make_groups, monkeypat
     monkeypatch.setattr(policy, "forward", noted)
     learner.learn(make_groups(seed=1, groups=4, samples=4))
     assert len(read) == 2 and sum(read.values()) == 16
+
+
+def test_a_thread_that_is_held_up_leaves_the_rest_to_the_other(
+    new_learner, make_groups, monkeypatch
+):
+    """Something else wants its core: the critic's two passes are made meanwhile."""
+    learner = new_learner(threads=2, epochs=1, minibatches=1)
+    policy, critic = learner.networks.policy, learner.networks.critic
+    passes = {network: network.forward for network in (policy, critic)}
+    first, values, in_time = threading.Lock(), threading.Semaphore(0), []
+
+    def held_up(*words, **named):
+        if first.acquire(blocking=False):
+            in_time.extend(values.acquire(timeout=60) for _ in range(2))
+        return passes[policy](*words, **named)
+
+    def counted(*words, **named):
+        try:
+            return passes[critic](*words, **named)
+        finally:
+            values.release()
+
+    monkeypatch.setattr(policy, "forward", held_up)
+    monkeypatch.setattr(critic, "forward", counted)
+    learner.learn(make_groups(seed=1, groups=4, samples=4))
+    assert in_time == [True, True]
