@@ -59,8 +59,9 @@ def read_opening(
 
     def policy(part: Experience) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         read = response_logprobs(networks.policy, part, temperature, with_entropy=True)
-        shared = critic is not None and networks.shared
-        return (*read, response_values(critic, part, read[-1]) if shared else None)
+        if critic is None or not networks.shared:
+            return (*read, None)
+        return (*read, response_values(critic, part, read[-1]))
 
     work: list[Callable[[], Any]] = [partial(policy, part) for part in parts]
     if critic is not None and not networks.shared:

@@ -231,7 +231,7 @@ class _Way:
     """A way back, and the weights whose gradients it finds."""
 
     back: Callable[[_Micro, Prices, Gradients], Tensor]
-    weights: list[Tensor]
+    weights: Sequence[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
