@@ -110,6 +110,7 @@ def ran(tiny_policy, make_groups, tmp_path_factory):
     return alone, both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_come_to_what_one_does(ran, case):
     alone, both = (json.loads((folder / case / "told.json").read_text()) for folder in ran)
@@ -125,6 +126,7 @@ def test_two_ranks_come_to_what_one_does(ran, case):
     torch.testing.assert_close(exported[1], exported[0], **CLOSE)
 
 
+@pytest.mark.slow
 def test_two_ranks_take_up_what_one_saved(ran):
     alone, both = ran
     unbroken = load_file(alone / "ppo" / "published.safetensors")
@@ -133,6 +135,7 @@ def test_two_ranks_take_up_what_one_saved(ran):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_takes_up_what_two_ranks_saved(ran, case, tiny_policy, make_groups, tmp_path):
     alone, both = ran
@@ -150,6 +153,7 @@ def test_one_takes_up_what_two_ranks_saved(ran, case, tiny_policy, make_groups, 
     torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
+@pytest.mark.slow
 def test_each_rank_keeps_its_half_alone(ran):
     alone, both = ran
     halves = sorted((both / "ppo" / "checkpoint").glob("policy.*-of-*.safetensors"))
@@ -164,6 +168,7 @@ def test_each_rank_keeps_its_half_alone(ran):
             torch.testing.assert_close(torch.cat([part[name] for part in parts]), tensor, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_missing_is_named(ran, tiny_policy, tmp_path):
     _, both = ran
     folder = tmp_path / "checkpoint"
@@ -178,6 +183,7 @@ def test_a_file_that_is_missing_is_named(ran, tiny_policy, tmp_path):
     learner.close()
 
 
+@pytest.mark.slow
 def test_passes_in_bfloat16_train_float32_weights(ran, tiny_policy, make_groups, tmp_path):
     """One rank, in two precisions: near the run in float32, and nothing of it is kept in half."""
     alone, _ = ran
