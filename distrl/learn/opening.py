@@ -9,7 +9,7 @@ there is one epoch of one minibatch, `prepare` has nothing left to compute but t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from distrl.learn.experience import Experience
 from distrl.learn.forward import response_logprobs, response_values
 from distrl.learn.networks import Networks
-from distrl.learn.ranks import Ranks
+from distrl.learn.ranks import Load, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +48,30 @@ def read_opening(
     micro_tokens: int,
     ranks: Ranks,
 ) -> list[Opening]:
-    """The passes over the minibatch `index`, one of each thread; none where it takes more: what a
-    way back needs is held for one pass at a time."""
+    """The passes over the minibatch `index`, one of each thread (and another by a critic with a
+    body of its own); none where it takes more: what a way back needs is held for one at a time."""
     padded = not networks.packed
     loads = ranks.loads(batch.lengths_B, index, micro_tokens, padded=padded)
     if any(len(load) > 1 for load in loads):
         return []
-    critic = networks.critic
-    parts = [batch.rows(load[0][0]) for load in loads]
+    on_body = networks.critic if networks.shared else None
+    apart = None if networks.shared else networks.critic
 
-    def policy(part: Experience) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        read = response_logprobs(networks.policy, part, temperature, with_entropy=True)
-        if critic is None or not networks.shared:
-            return (*read, None)
-        return (*read, response_values(critic, part, read[-1]))
+    def read(load: Load) -> Opening:
+        part = batch.rows(load[0][0])
+        logprobs, entropy, states = response_logprobs(
+            networks.policy, part, temperature, with_entropy=True
+        )
+        values = None if on_body is None else response_values(on_body, part, states)
+        return Opening(
+            rows=load[0][0], logprobs=logprobs, entropy=entropy, states=states, values=values
+        )
 
-    work: list[Callable[[], Any]] = [partial(policy, part) for part in parts]
-    if critic is not None and not networks.shared:
-        work += [partial(response_values, critic, part) for part in parts]
+    work: list[Callable[[], Any]] = [partial(read, load) for load in loads]
+    if apart is not None:
+        work += [partial(response_values, apart, batch.rows(load[0][0])) for load in loads]
     done = ranks.crew.run(lambda each: each(), work)
-    found, apart = done[: len(parts)], done[len(parts) :] or [None] * len(parts)
-    return [
-        Opening(
-            rows=load[0][0],
-            logprobs=logprobs,
-            entropy=entropy,
-            states=states,
-            values=shared if values is None else values,
-        )
-        for load, (logprobs, entropy, states, shared), values in zip(
-            loads, found, apart, strict=True
-        )
-    ]
+    openings, values = done[: len(loads)], done[len(loads) :]
+    if apart is None:
+        return openings
+    return [replace(made, values=found) for made, found in zip(openings, values, strict=True)]

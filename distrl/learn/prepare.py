@@ -207,7 +207,7 @@ class _Passes:
     ) -> None:
         """Each of these networks, as far as it is there, on the sequences that are wanted, shared
         out among ranks and threads. A critic on the policy's body needs the policy's pass in any
-        case. The reference may be the policy without its adapter, so it has the weights to itself.
+        case. A reference that is the policy without its adapter has the weights to itself.
         """
         index = wanted_B.nonzero().squeeze(1)
         networks = self.networks

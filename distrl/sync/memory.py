@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import partial
 from itertools import accumulate
@@ -29,8 +30,8 @@ from torch.distributed.tensor import DTensor
 KEPT_VERSIONS = 2
 """A generator may still be reading the version before while the next is written."""
 
-
 NAME = "distrl-weights"
+"""What the kernel shows of a memory file (`/memfd:distrl-weights`)."""
 
 
 class NonFiniteWeights(ValueError):
@@ -41,7 +42,7 @@ class SharedMemoryPublisher:
     """Holds the newest versions of a set of weights for other processes to read."""
 
     def __init__(self, threads: int = 1) -> None:
-        """threads: that write."""
+        """threads: that write large tensors."""
         self._open: deque[BinaryIO] = deque()
         self._writers = ThreadPoolExecutor(threads, "publish")
 
@@ -53,27 +54,35 @@ class SharedMemoryPublisher:
         Tensors that are spread over ranks are gathered one at a time; the other ranks have to
         take part with a `Bystander`.
         """
-        file = self._writable()
-        try:
+        with self._writing() as file:
             nbytes = write_safetensors(file, tensors, version, self._writers)
-        except BaseException:
-            file.close()
-            raise
-        return self._keep(file), nbytes
+        return _path(file), nbytes
 
     def relay(self, image: bytes | memoryview) -> str:
         """Hold the image of a version that was published on another machine.
 
         Returns the path that a reader on this machine opens.
         """
+        with self._writing() as file:
+            _write(file, memoryview(image), at=0)
+            os.ftruncate(file.fileno(), len(image))
+        return _path(file)
+
+    @contextmanager
+    def _writing(self) -> Iterator[BinaryIO]:
+        """A file that nobody reads; the newest version from then on, or gone where that failed."""
         file = self._writable()
-        _write(file, memoryview(image), at=0)
-        os.ftruncate(file.fileno(), len(image))
-        return self._keep(file)
+        try:
+            yield file
+        except BaseException:
+            file.close()
+            raise
+        flock(file, LOCK_UN)
+        self._open.append(file)
 
     def _writable(self) -> BinaryIO:
-        """A file that is this process's alone: the oldest version's, or a new one where there are
-        not enough versions yet or somebody is reading it."""
+        """The oldest version's file, or a new one where there are not enough versions yet or
+        somebody is reading that; locked."""
         if len(self._open) >= KEPT_VERSIONS:
             file = self._open.popleft()
             try:
@@ -84,11 +93,6 @@ class SharedMemoryPublisher:
         file = os.fdopen(os.memfd_create(NAME), "r+b", buffering=0)
         flock(file, LOCK_EX)
         return file
-
-    def _keep(self, file: BinaryIO) -> str:
-        flock(file, LOCK_UN)
-        self._open.append(file)
-        return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
     def close(self) -> None:
         """Free all versions. May be called twice."""
@@ -107,7 +111,10 @@ def hold(path: str, version: int) -> BinaryIO:
         raise FileNotFoundError(f"{path} is no image by now")
     file = open(path, "rb", buffering=0)  # noqa: SIM115
     try:
-        flock(file, LOCK_SH | LOCK_NB)
+        try:
+            flock(file, LOCK_SH | LOCK_NB)
+        except BlockingIOError:
+            raise FileNotFoundError(f"{path} is being written over") from None
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         if header[METADATA]["version"] != str(version):
             raise FileNotFoundError(f"{path} holds version {header[METADATA]['version']} by now")
@@ -193,6 +200,11 @@ def _gathered(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not (torch.isfinite(gathered.sum()) or torch.isfinite(gathered).all()):
         raise NonFiniteWeights(f"{name} holds a NaN or Inf; these weights are not published")
     return gathered
+
+
+def _path(file: BinaryIO) -> str:
+    """Where other processes find a file of this one."""
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _write(file: BinaryIO, data: memoryview, at: int) -> None:

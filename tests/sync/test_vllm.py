@@ -67,6 +67,28 @@ def test_an_image_reaches_the_models_loader(transfer):
     publisher.close()
 
 
+def test_an_image_is_held_until_its_load_is_finished(transfer, monkeypatch):
+    """vLLM may keep tensors of it for so long."""
+    from distrl.sync import vllm_transfer
+
+    monkeypatch.setattr(vllm_transfer, "finalize_layerwise_reload", lambda *_: None)
+    transfer.model_config = None
+    publisher = SharedMemoryPublisher()
+    paths = []
+    for version in range(1, 6):
+        path, nbytes = publisher.publish({"a": torch.full((4,), float(version))}, version)
+        paths.append(path)
+        if version in (1, 4):
+            update = vllm_transfer.SharedMemoryUpdate(path=path, version=version, nbytes=nbytes)
+            transfer.receive_weights(update)
+        if version == 3:
+            assert transfer.model.loaded["a"].tolist() == [1, 1, 1, 1], "still as it was"
+    transfer.finish_weight_update()
+    written_over, _ = publisher.publish({"a": torch.zeros(4)}, version=6)
+    assert written_over == paths[3], "the one that was held until now"
+    publisher.close()
+
+
 def test_all_that_is_sent_is_taken_whatever_the_loader_asks_for():
     """The learner would wait for the rest until its deadline."""
     from distrl.sync.vllm_gloo import GlooTransfer
