@@ -8,7 +8,7 @@ function is given and answers).
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,10 @@ from distrl.config.base import ConfigError, Section
 
 ADVANTAGES = ("gae", "group", "returns")
 OBJECTIVES = ("clip", "sequence", "capped_weight", "kl_penalty", "policy_gradient")
+
+CLIP_BOUNDS = {"sequence": (3e-4, 4e-4), "capped_weight": (1.0, 4.0)}
+"""Of the objectives whose ratios are not a token's (Zheng et al. 2025, section 5), or are bounded
+from above alone (MiniMax 2025)."""
 
 
 def _known(kind: str, built_in: tuple[str, ...], field: str) -> str:
@@ -63,8 +67,16 @@ class ObjectiveConfig(Section):
         description="clip: PPO; sequence: GSPO; capped_weight: CISPO; kl_penalty: PPO with a KL "
         "price instead of a clip; policy_gradient: REINFORCE, A2C; or module:function",
     )
-    clip_low: float = Field(default=0.2, ge=0, description="a ratio may fall to 1 - this")
-    clip_high: float = Field(default=0.2, ge=0, description="a ratio may rise to 1 + this")
+    clip_low: float = Field(
+        default=0.2,
+        ge=0,
+        description="a ratio may fall to 1 - this (GSPO: 3e-4, CISPO: 1 unless set)",
+    )
+    clip_high: float = Field(
+        default=0.2,
+        ge=0,
+        description="a ratio may rise to 1 + this (GSPO: 4e-4, CISPO: 4 unless set)",
+    )
     dual_clip: float | None = Field(
         default=None, gt=1, description="clip: bound of the ratio where the advantage is negative"
     )
@@ -94,6 +106,14 @@ class ObjectiveConfig(Section):
     _check_kind = field_validator("kind")(
         lambda kind: _known(kind, OBJECTIVES, "learn.objective.kind")
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_of_its_paper(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") in CLIP_BOUNDS:
+            low, high = CLIP_BOUNDS[values["kind"]]
+            return {"clip_low": low, "clip_high": high} | values
+        return values
 
 
 class OffPolicyConfig(Section):
@@ -238,6 +258,9 @@ class LearnConfig(Section):
     critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="course of both learning rates after the warm-up"
+    )
+    floor: float = Field(
+        default=0.1, ge=0, le=1, description="cosine: share of the peak that is left at the end"
     )
     warmup_steps: int = Field(default=2, ge=0, description="learner steps of linear warm-up")
     epochs: int = Field(default=1, ge=1, description="passes over a batch")

@@ -148,21 +148,34 @@ class PolicyLearner:
         metrics["kl/coef"] = self.kl.coef
         metrics["learn/lr"] = self._rate(self.config.lr)
         steps = self._optimise(batch, prepared, opening)
+        if steps:
+            metrics |= self._summary(steps) | self._penalty(batch, prepared)
         self.step += 1
         skipped = not steps
         if not skipped:
             self.version += 1
             if self.config.kl.used:
                 self.kl.update(metrics["kl/ref"], len(batch))
-            metrics |= self._summary(steps)
             if self.average is not None:
                 self.average.update()
         metrics["learn/skipped_steps"] = float(self.skips)
         self.recorder.keep(self.step, self.total_steps, experience, oldest, *self.networks.trained)
         return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=metrics)
 
+    def _penalty(self, batch: Experience, prepared: Prepared) -> dict[str, float]:
+        """The price of leaving the policy from before the step, where there is one; moved by how
+        far the step went."""
+        settings = self.config.objective
+        if settings.kind != "kl_penalty":
+            return {}
+        metrics = {"ppo/penalty": self.penalty.coef}
+        if settings.penalty_target is not None and self._policy_learns:
+            metrics["ppo/moved"] = self.update.moved(batch, prepared)
+            self.penalty.update(metrics["ppo/moved"])
+        return metrics
+
     def _summary(self, steps: Sequence[_Step]) -> dict[str, float]:
-        """Means over a learner step's optimizer steps; moves the penalty's price."""
+        """Means over a learner step's optimizer steps."""
         reports = [step.report for step in steps]
         metrics = {
             "loss/policy": fmean(r.policy_loss for r in reports),
@@ -177,10 +190,6 @@ class PolicyLearner:
             metrics["value/clip_fraction"] = fmean(r.value_clip_fraction for r in reports)
         if self.pretrain is not None:
             metrics["loss/pretrain"] = fmean(step.pretrain_loss for step in steps)
-        if self.config.objective.kind == "kl_penalty":
-            metrics["ppo/penalty"] = self.penalty.coef
-            if self.config.objective.penalty_target is not None:
-                self.penalty.update(reports[-1].approx_kl)
         return metrics
 
     def _open(self, batch: Experience) -> list[Opening]:
@@ -274,7 +283,9 @@ class PolicyLearner:
 
     def _rate(self, peak: float) -> float:
         total = max(self.total_steps, self.config.warmup_steps)
-        return peak * lr_factor(self.step, total, self.config.schedule, self.config.warmup_steps)
+        return peak * lr_factor(
+            self.step, total, self.config.schedule, self.config.warmup_steps, self.config.floor
+        )
 
     def _skip(self, batch: Experience, report: MinibatchReport, norm: float) -> None:
         """Count a non-finite step and keep its batch; stop the run at the third in a row."""

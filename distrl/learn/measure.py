@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from distrl.algo import (
     effective_sample_size,
@@ -29,13 +30,14 @@ def measure(
     `kl/ref` is nats a response: the sum over its tokens of log pi - log pi_ref (k1).
     Ages are of tokens. `mismatch/lag0_abs_mean` is over tokens of age 0 that the learner computed:
     there engine and learner hold the same weights, so any gap is numerical. No such token: no such
-    metric.
+    metric. `ppo/ess` is of the ratios before anything is cut, and of a token's where none weighs:
+    it says how far off the samples are, whatever is done about it.
     """
     mask = batch.mask_BT
     ages = (version - batch.versions_BT)[mask]
     metrics = {
         "ppo/entropy": masked_mean(prepared.entropy, prepared.computed).item(),
-        "ppo/ess": effective_sample_size(prepared.weights, mask).item(),
+        "ppo/ess": effective_sample_size(_ratios(batch, prepared, config), mask).item(),
         "staleness/max": float(ages.max()),
         "staleness/mean": ages.float().mean().item(),
     }
@@ -58,10 +60,19 @@ def measure(
 
 def _capped(batch: Experience, prepared: Prepared, config: LearnConfig) -> float:
     """Share of tokens whose importance weight was cut or rejected."""
-    mode = config.off_policy.weight
-    assert mode != "none"
-    plain = importance_ratio(prepared.proximal, batch.behaviour_BT, batch.mask_BT, mode)
+    plain = _ratios(batch, prepared, config)
     return masked_mean((plain != prepared.weights).float(), batch.mask_BT).item()
+
+
+def _ratios(batch: Experience, prepared: Prepared, config: LearnConfig) -> Tensor:
+    """[B, T]: proximal over behaviour policy, as far as weights go."""
+    mode = config.off_policy.weight
+    return importance_ratio(
+        prepared.proximal,
+        batch.behaviour_BT,
+        batch.mask_BT,
+        "token" if mode == "none" else mode,
+    )
 
 
 @torch.no_grad()

@@ -134,6 +134,30 @@ class Update:
             **dict(zip((f.name for f in fields(MinibatchReport)), sums.tolist(), strict=True))
         )
 
+    @torch.no_grad()
+    def moved(self, batch: Experience, prepared: Prepared) -> float:
+        """KL(old || new) of the policy as it now is, nats a kept token (k3): one pass more."""
+        means = token_shares(prepared.kept)
+        budget, padded = self.config.micro_tokens, not self.networks.packed
+        everyone = torch.arange(len(batch))
+        loads = self.ranks.loads(batch.lengths_B, everyone, budget, padded=padded)
+
+        def work(load: Load) -> Tensor:
+            total = means.new_zeros(())
+            for part, counts in load:
+                rows = batch.rows(part)
+                width = rows.tokens_BT.shape[1]
+                new, _, _ = response_logprobs(
+                    self.networks.policy, rows, self.temperature, with_entropy=False
+                )
+                gaps = kl_estimate(prepared.old[part, :width], new, "k3")
+                total += (means[part, :width] * gaps).sum() * counts
+            return total
+
+        total = sum(self.ranks.crew.run(work, loads), means.new_zeros(()))
+        self.ranks.add(total)
+        return total.item()
+
     def _ways(self, prices: Prices) -> list[_Way]:
         """The ways back that a minibatch takes. A critic with a body of its own has its own: a
         thread that is done early takes on another load of either."""

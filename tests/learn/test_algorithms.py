@@ -14,7 +14,7 @@ from distrl.config import AdvantageConfig, ConfigError, LearnConfig
 from distrl.learn.advantages import Outcome, estimate, estimator
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import to_experience
-from distrl.learn.forward import PolicyModel
+from distrl.learn.forward import PolicyModel, response_logprobs
 from distrl.learn.networks import Networks
 from distrl.learn.objectives import objective
 from distrl.learn.optimizer import TFAdamW
@@ -285,6 +285,48 @@ def test_the_penalty_moves_only_where_it_has_a_target(new_learner, make_groups):
         assert prices == wanted
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_penaltys_price_follows_where_the_step_ended(new_learner, make_groups, threads):
+    """One update of one minibatch sets out from no distance at all: its end is what counts."""
+    objective = {"kind": "kl_penalty", "penalty": 2.0, "penalty_target": 1e-9}
+    learner = new_learner(
+        lr=1e-3, epochs=1, minibatches=1, objective=objective, micro_tokens=40, threads=threads
+    )
+    batch = to_experience(RolloutBatch(groups=tuple(make_groups(seed=1))))
+    before, _, _ = response_logprobs(learner.networks.policy, batch, 1.0, with_entropy=False)
+    report = learner.learn_from(batch)
+    after, _, _ = response_logprobs(learner.networks.policy, batch, 1.0, with_entropy=False)
+    gap = (before - after)[batch.mask_BT]
+    assert report.metrics["ppo/moved"] == pytest.approx(
+        (-gap).expm1().add(gap).mean().item(), rel=1e-3
+    )
+    assert report.metrics["ppo/moved"] > 1e-8 and learner.penalty.coef == 4.0
+
+
+def test_the_penalty_rests_while_the_critic_warms_up(new_learner, make_groups):
+    objective = {"kind": "kl_penalty", "penalty": 2.0, "penalty_target": 1e-9}
+    learner = new_learner(objective=objective, value={"warmup_steps": 1})
+    learner.learn(make_groups(seed=1))
+    assert learner.penalty.coef == 2.0
+    learner.learn(make_groups(seed=2))
+    assert learner.penalty.coef == 4.0
+
+
+@pytest.mark.parametrize("weight", ["token", "none"])
+def test_the_effective_sample_size_is_that_of_the_samples_not_of_what_is_cut(
+    new_learner, make_groups, weight
+):
+    """A cap of 1 makes all large weights equal: the samples are as far off as before."""
+    learner = new_learner(off_policy={"weight": weight, "cap": 1.0})
+    batch = to_experience(RolloutBatch(groups=tuple(make_groups(seed=1))))
+    far = dataclasses.replace(batch, behaviour_BT=batch.behaviour_BT * 3)
+    logprobs, _, _ = response_logprobs(learner.networks.policy, far, 1.0, with_entropy=False)
+    ratios = (logprobs - far.behaviour_BT)[far.mask_BT].detach().double().clamp(max=20).exp()
+    wanted = ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum())
+    assert wanted < 0.9
+    assert learner.learn_from(far).metrics["ppo/ess"] == pytest.approx(wanted.item(), rel=1e-3)
+
+
 # -- PPO-ptx, the average, the optimizer ---------------------------------------------------
 
 
@@ -403,3 +445,24 @@ def test_tf_and_torch_agree_but_for_epsilon():
 def test_what_cannot_work_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         LearnConfig.model_validate(config)
+
+
+@pytest.mark.parametrize(
+    "kind, aggregate, bounds",
+    [
+        ("clip", "token", (0.2, 0.2)),
+        ("sequence", "sequence", (3e-4, 4e-4)),
+        ("capped_weight", "token", (1.0, 4.0)),
+    ],
+)
+def test_an_objectives_bounds_are_its_papers_unless_they_are_set(kind, aggregate, bounds):
+    plain = {"kind": kind, "aggregate": aggregate}
+    for chosen, wanted in ((plain, bounds), (plain | {"clip_low": 0.5}, (0.5, bounds[1]))):
+        found = LearnConfig.model_validate({"objective": chosen}).objective
+        assert (found.clip_low, found.clip_high) == wanted
+
+
+def test_the_learning_rate_falls_to_its_floor(new_learner, make_groups):
+    learner = new_learner(schedule="cosine", floor=0.3, warmup_steps=0, lr=1e-3, total_steps=2)
+    rates = [learner.learn(make_groups(seed=s)).metrics["learn/lr"] for s in (1, 2, 3)]
+    assert rates == pytest.approx([1e-3, 0.65e-3, 0.3e-3])
