@@ -18,6 +18,9 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+OVERLONG = "overlong"
+"""The part of a reward that is a penalty of length (DAPO)."""
+
 FinishReason = Literal["stop", "length"]
 Int32s = NDArray[np.int32]
 Float32s = NDArray[np.float32]
@@ -187,6 +190,14 @@ class ScoredInfo:
     seconds: float
     scorer: str = ""
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the group says nothing of what is better: all rewards are equal, or differ by
+        the penalty of length alone."""
+        parts = [part for name, part in self.parts.items() if name != OVERLONG]
+        alike = [len(set(part)) == 1 for part in parts]
+        return len(set(self.rewards)) == 1 or (bool(alike) and all(alike))
 
 
 Info = TypeVar("Info", bound=GroupInfo | ScoredInfo)

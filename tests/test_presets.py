@@ -56,7 +56,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "nplus": GAE | CLIP | TLDR | {
         "learn.lr": 3e-6, "learn.minibatches": 1, "learn.kl.coef": 0.05, "learn.value.clip": 0.2,
         "generate.temperature": 0.7, "generate.max_new_tokens": 53, "learn.adam_eps": 1e-5,
-        "learn.adam_epsilon_in": "torch", "score.missing_eos_penalty": -1.0,
+        "learn.adam_epsilon_in": "torch", "score.missing_eos_score": -1.0,
         "learn.advantage.whiten_rewards": False,
     },
     # Section 4.2.
@@ -74,11 +74,14 @@ SOURCES: dict[str, dict[str, Any]] = {
         "learn.kl.coef": 0.0, "score.overlong.start": 16_384, "score.overlong.full": 20_480,
         "generate.max_new_tokens": 20_480, "driver.skip_without_signal": True,
     },
+    # Appendix, training details, TL;DR: 600 steps of 512 rollouts in two minibatches, a warm-up
+    # over 3 % of them.
     "rloo": {
         "learn.advantage.kind": "group", "learn.advantage.baseline": "leave_one_out",
         "learn.advantage.scale": "none", "learn.objective.kind": "policy_gradient",
         "generate.samples_per_prompt": 4, "learn.kl.coef": 0.03, "learn.lr": 1e-6,
-        "learn.epochs": 1,
+        "learn.epochs": 1, "samples": 512, "minibatch": 256, "driver.steps": 600,
+        "learn.warmup_steps": 18,
     },
     # Section 5.1.
     "gspo": GROUP | {

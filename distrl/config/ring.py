@@ -95,6 +95,10 @@ class ScoreConfig(Section):
     missing_eos_penalty: float | None = Field(
         default=None, description="added to the score of a response that was cut by length"
     )
+    missing_eos_score: float | None = Field(
+        default=None,
+        description="takes the place of that score (the EOS trick of Huang et al. 2024)",
+    )
     batch_tokens: int = Field(
         default=8192, ge=16, description="tokens of a reward-model forward pass"
     )
@@ -102,6 +106,15 @@ class ScoreConfig(Section):
         default=120, gt=0, description="a group that takes longer is tried again"
     )
     overlong: OverlongConfig = OverlongConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreConfig:
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ConfigError(
+                "score.missing_eos_penalty is added to the score of a cut response and "
+                "score.missing_eos_score takes its place: leave one of them empty"
+            )
+        return self
 
 
 class SyncConfig(Section):

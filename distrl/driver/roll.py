@@ -204,7 +204,7 @@ class Roller:
 
     def _is_silent(self, scored: ScoredInfo) -> bool:
         """Whether a group says nothing of what is better. Raises DriverError where none does."""
-        silent = len(set(scored.rewards)) == 1
+        silent = scored.silent
         self.silent_in_a_row = self.silent_in_a_row + 1 if silent else 0
         if self.silent_in_a_row >= MAX_SILENT:
             raise DriverError(

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from distrl.config import ConfigError, OverlongConfig, RewardPart, ScoreConfig
 from distrl.models import best_device
 from distrl.models.crew import ALONE, Crew
-from distrl.records import Rollout, Sample, Score, ScoredRollout
+from distrl.records import OVERLONG, Rollout, Sample, Score, ScoredRollout
 from distrl.roles import ScoreFailed
 from distrl.score.model import ModelReward
 from distrl.score.rules import RuleReward
 
-PENALTY, OVERLONG = "missing_eos_penalty", "overlong"
+PENALTY = "missing_eos_penalty"
 NO_PENALTY = OverlongConfig()
 
 
@@ -34,7 +34,8 @@ class RewardSum:
 
     Parts are kept as their rewards gave them, before their weights; a penalty (for a response
     without an end, for an overlong one) stands among them wherever it is set, as 0 where it is not
-    due.
+    due. A score that takes the place of the sum (`missing_eos_score`) stands there as what it took
+    away, so that the parts make up the value in any case.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class RewardSum:
         weights: Mapping[str, float],
         missing_eos_penalty: float | None = None,
         overlong: OverlongConfig = NO_PENALTY,
+        missing_eos_score: float | None = None,
     ) -> None:
         self.rewards = tuple(rewards)
         self.weights = dict(weights)
         self.missing_eos_penalty = missing_eos_penalty
+        self.missing_eos_score = missing_eos_score
         self.overlong = overlong
 
     @classmethod
@@ -70,7 +73,13 @@ class RewardSum:
             raise ConfigError(f"score.parts: the name {twice.pop()!r} is taken; choose another")
         weights = {part.name: part.weight for part in config.parts}
         rewards = [_reward(part, config, tokenizer, crew) for part in config.parts]
-        return cls(rewards, weights, config.missing_eos_penalty, config.overlong)
+        return cls(
+            rewards,
+            weights,
+            config.missing_eos_penalty,
+            config.overlong,
+            config.missing_eos_score,
+        )
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | ScoreFailed]:
         """Each group scored, or the first failure among its parts."""
@@ -92,17 +101,19 @@ class RewardSum:
         for i, sample in enumerate(rollout.samples):
             mine = {name: values[i] for name, values in numbers.items()}
             value = sum(self.weights[name] * part for name, part in mine.items())
-            penalties = self._penalties(sample)
+            penalties = self._penalties(sample, value)
             if not math.isfinite(value + sum(penalties.values())):
                 return ScoreFailed(f"the weighted sum of {mine} is not finite")
             scores.append(Score(value=value + sum(penalties.values()), parts={**mine, **penalties}))
         return ScoredRollout(rollout=rollout, scores=tuple(scores))
 
-    def _penalties(self, sample: Sample) -> dict[str, float]:
+    def _penalties(self, sample: Sample, value: float) -> dict[str, float]:
         found: dict[str, float] = {}
+        cut = sample.finish_reason == "length"
         if self.missing_eos_penalty is not None:
-            cut = sample.finish_reason == "length"
             found[PENALTY] = self.missing_eos_penalty if cut else 0.0
+        if self.missing_eos_score is not None:
+            found[PENALTY] = self.missing_eos_score - value if cut else 0.0
         if self.overlong.penalty:
             found[OVERLONG] = overlong_penalty(len(sample.token_ids), self.overlong)
         return found

@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups whose rewards are all equal are dropped and exactly refilled."""
+"""Dynamic sampling: groups without signal are dropped and exactly refilled."""
 
 from __future__ import annotations
 
@@ -44,6 +44,28 @@ def test_groups_without_signal_are_dropped_and_refilled(world, tmp_path):
     assert report.holds, report.findings
     assert report.drops.keys() == {roll.SILENT}
     assert report.waste.keys() == {f"dropped: {roll.SILENT}"}
+
+
+class Lengthy(FakeScorer):
+    """Every group is liked alike, and those of odd prompts but for their lengths."""
+
+    async def score(self, group):
+        scored = await super().score(group)
+        index, n = group.info.index, len(group.info.lengths)
+        liked = tuple(map(float, range(n))) if index % 2 else (1.0,) * n
+        overlong = tuple(-0.1 * place for place in range(n))
+        info = dataclasses.replace(
+            scored.info,
+            rewards=tuple(map(sum, zip(liked, overlong, strict=True))),
+            parts={"liked": liked, "overlong": overlong},
+        )
+        return dataclasses.replace(scored, info=info)
+
+
+def test_lengths_are_no_signal(world):
+    """DAPO's condition is on what is right; its penalty of length would let all groups pass."""
+    run = world(scorers=[Lengthy("s0")], steps=4, skip_without_signal=True).run()
+    assert run.learner.trained and all(group.index % 2 for group in run.learner.trained)
 
 
 def test_they_are_trained_on_where_nobody_asked(world):

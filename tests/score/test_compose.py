@@ -54,6 +54,19 @@ def test_the_penalty_is_added_where_length_cut_and_stands_among_the_parts():
     assert [s.parts["missing_eos_penalty"] for s in scored.scores] == [0.0, -3.0]
 
 
+def test_a_score_takes_the_place_of_the_sum_where_length_cut():
+    """`eos_truncate_and_penalty` of summarize_from_feedback_details (ppo.py, non_eos_penalty)."""
+    raw, ends = [0.7, 3.0, 0.1, 0.4], ["stop", "length", "stop", "stop"]
+    composed = RewardSum([Fixed("a", raw)], {"a": 1.0}, missing_eos_score=-1.0)
+    (scored,) = composed.score([rollout(*ends)])
+    assert isinstance(scored, ScoredRollout)
+    assert [s.value for s in scored.scores] == [0.7, -1.0, 0.1, 0.4]
+    for score in scored.scores:
+        assert score.value == pytest.approx(sum(score.parts.values()))
+    with pytest.raises(ValueError, match="leave one of them empty"):
+        ScoreConfig(missing_eos_penalty=-1.0, missing_eos_score=-1.0)
+
+
 def test_a_failed_part_fails_its_whole_group_and_no_other():
     rewards = [Fixed("a", [1.0], [1.0]), Fixed("b", ScoreFailed("b broke"), [2.0])]
     first, second = RewardSum(rewards, {"a": 1.0, "b": 0.0}).score([rollout("stop")] * 2)
