@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from distrl.algo import AdaptivePenalty, lr_factor
 from distrl.data.tokenizer import load_tokenizer
@@ -369,9 +369,11 @@ class PolicyLearner:
         """The policy and its tokenizer in Hugging Face format: the average of its weights where
         `learn.ema` asks for one."""
         with nullcontext() if self.average is None else self.average.in_place():
-            state = self.networks.policy_state()
-            if self.ranks.mesh is not None:
-                state = {name: whole(tensor).cpu() for name, tensor in state.items()}
+            state: dict[str, Tensor] = {}
+            for name, weight in self.networks.policy_state().items():
+                found = whole(weight)  # every rank has to ask; one keeps it
+                if self.ranks.first:
+                    state[name] = found.cpu()
             if self.ranks.first:
                 save_policy(self.policy, self.tokenizer, folder, state=state)
 

@@ -17,7 +17,7 @@ from distrl.learn.forward import PolicyModel
 from distrl.learn.ranks import ALONE, Ranks
 from distrl.models.heads import ScalarModel
 from distrl.models.load import ModelError, as_dtype, load_policy
-from distrl.models.lora import Adapter, add_adapter, merged_tensors, without_adapter
+from distrl.models.lora import Adapter, Merged, add_adapter, merged_tensors, without_adapter
 from distrl.models.packing import pack
 from distrl.models.sharding import checkpoint_activations, compile_layers, shard
 
@@ -116,8 +116,9 @@ class Networks:
         first = self.policy.model if self.adapter is None else self.adapter
         return (first,) if self.critic_part is None else (first, self.critic_part)
 
-    def policy_state(self) -> dict[str, Tensor]:
-        """The policy's weights under the names of its checkpoint, adapters merged."""
+    def policy_state(self) -> dict[str, Tensor | Merged]:
+        """The policy's weights under the names of its checkpoint, adapters to be merged; each is
+        put together by `whole`."""
         model = self.policy.model
         return model.state_dict() if self.adapter is None else merged_tensors(model)
 

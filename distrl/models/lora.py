@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distrl.config import LoRAConfig
@@ -82,22 +84,42 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-@torch.no_grad()
-def merged_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's state under the names it had before it got adapters, their product added.
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A weight and the product of its adapter, added up when somebody asks for the sum."""
+
+    weight: Tensor
+    layer: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @torch.no_grad()
+    def full_tensor(self) -> Tensor:
+        """The sum, whole: of a model that is spread over ranks every one has to ask."""
+        found = self.weight + self.layer.get_delta_weight(NAME).to(self.dtype)
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+def merged_tensors(model: PreTrainedModel) -> dict[str, Tensor | Merged]:
+    """The model's state under the names it had before it got adapters, their product to be added
+    one weight at a time.
 
     The model itself is left alone: merging in place and taking it out again would wear its weights
     down, a rounding at a time.
     """
-    deltas = {
-        f"{name}.weight": layer.get_delta_weight(NAME) for name, layer in _named_layers(model)
-    }
-    merged: dict[str, Tensor] = {}
+    layers = {f"{name}.weight": layer for name, layer in _named_layers(model)}
+    merged: dict[str, Tensor | Merged] = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
             continue
         plain = name.replace(".base_layer.", ".")
-        merged[plain] = tensor + deltas[plain].to(tensor.dtype) if plain in deltas else tensor
+        merged[plain] = Merged(tensor, layers[plain]) if plain in layers else tensor
     return merged
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from distrl.records import Float32s, Int32s, Weights
-from distrl.sync.memory import Bystander, SharedMemoryPublisher
+from distrl.sync.memory import Bystander, SharedMemoryPublisher, Weight
 
 
 def publish(
-    state: Mapping[str, torch.Tensor],
+    state: Mapping[str, Weight],
     publisher: SharedMemoryPublisher | Bystander,
     *,
     version: int,

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import partial
 from itertools import accumulate
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -32,6 +32,22 @@ KEPT_VERSIONS = 2
 
 NAME = "distrl-weights"
 """What the kernel shows of a memory file (`/memfd:distrl-weights`)."""
+
+
+class Parted(Protocol):
+    """A weight that is put together when it is asked for: a sum, or one that is spread over ranks
+    (torch's DTensor is both this and a tensor)."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def full_tensor(self) -> torch.Tensor: ...
+
+
+Weight = torch.Tensor | Parted
 
 
 class NonFiniteWeights(ValueError):
@@ -46,13 +62,13 @@ class SharedMemoryPublisher:
         self._open: deque[BinaryIO] = deque()
         self._writers = ThreadPoolExecutor(threads, "publish")
 
-    def publish(self, tensors: Mapping[str, torch.Tensor], version: int) -> tuple[str, int]:
+    def publish(self, tensors: Mapping[str, Weight], version: int) -> tuple[str, int]:
         """Write `tensors` to shared memory.
 
         Returns the path that a reader opens, and the bytes of all tensors.
         Raises NonFiniteWeights (naming the tensor), or OSError when memory is short.
-        Tensors that are spread over ranks are gathered one at a time; the other ranks have to
-        take part with a `Bystander`.
+        Those that are spread over ranks, or a sum, are put together one at a time; the other ranks
+        have to take part with a `Bystander`.
         """
         with self._writing() as file:
             nbytes = write_safetensors(file, tensors, version, self._writers)
@@ -128,7 +144,7 @@ def hold(path: str, version: int) -> BinaryIO:
 class Bystander:
     """What the other ranks of a learner publish with: it helps to gather, and keeps nothing."""
 
-    def publish(self, tensors: Mapping[str, torch.Tensor], version: int) -> tuple[str, int]:
+    def publish(self, tensors: Mapping[str, Weight], version: int) -> tuple[str, int]:
         """Raises NonFiniteWeights where `SharedMemoryPublisher` does."""
         for name, tensor in tensors.items():
             _gathered(name, tensor)
@@ -153,7 +169,7 @@ PART = 2**22
 
 
 def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, torch.Tensor], version: int, writers: ThreadPoolExecutor
+    file: BinaryIO, tensors: Mapping[str, Weight], version: int, writers: ThreadPoolExecutor
 ) -> int:
     """Make `file` the image of `tensors`, written one at a time; returns their bytes.
 
@@ -167,7 +183,7 @@ def write_safetensors(
     header: dict[str, object] = {METADATA: {"version": str(version)}}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.shape.numel() * tensor.dtype.itemsize
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -179,24 +195,33 @@ def write_safetensors(
     _write(file, memoryview(head), at=0)
     at = len(head)
     for name, tensor in tensors.items():
-        parts = _gathered(name, tensor).cpu().contiguous().view(-1).split(PART)
-        data = [part.view(torch.uint8).numpy().data for part in parts]
-        places = accumulate((len(part) for part in data), initial=at)
-        *places, at = places
-        each = writers.map if len(data) > 1 else map  # a small one is written by who asks
-        list(each(partial(_write, file), data, places))
+        at = _write_tensor(file, _gathered(name, tensor), at, writers)
     os.ftruncate(file.fileno(), at)
     return end
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be spread over ranks, every one of which has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _write_tensor(
+    file: BinaryIO, tensor: torch.Tensor, at: int, writers: ThreadPoolExecutor
+) -> int:
+    """Its numbers from byte `at` on; returns where they end."""
+    parts = tensor.cpu().contiguous().view(-1).split(PART)
+    data = [part.view(torch.uint8).numpy().data for part in parts]
+    *places, end = accumulate((len(part) for part in data), initial=at)
+    each = writers.map if len(data) > 1 else map  # a small one is written by who asks
+    list(each(partial(_write, file), data, places))
+    return end
 
 
-def _gathered(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Weight) -> torch.Tensor:
+    """All of a weight; where it is spread over ranks, every one of them has to ask."""
+    if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor()
+
+
+def _gathered(name: str, tensor: Weight) -> torch.Tensor:
     """All of it, every number finite. A finite sum says so; another one may be too large only."""
-    gathered = whole(tensor.detach())
+    gathered = whole(tensor).detach()
     if not (torch.isfinite(gathered.sum()) or torch.isfinite(gathered).all()):
         raise NonFiniteWeights(f"{name} holds a NaN or Inf; these weights are not published")
     return gathered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from distrl.config import LoRAConfig
 from distrl.learn.learner import PolicyLearner
 from distrl.models.load import ModelError, load_policy
-from distrl.models.lora import add_adapter, check_targets, merged_tensors, without_adapter
+from distrl.models.lora import (
+    Merged,
+    _layers,
+    add_adapter,
+    check_targets,
+    merged_tensors,
+    without_adapter,
+)
+from distrl.sync.memory import whole
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
@@ -61,12 +70,28 @@ def test_the_engine_is_sent_the_merged_weights_under_its_own_names(
     learner.learn(make_groups(seed=1))
     base = load_policy(tiny_policy)
     before = {n: p.clone() for n, p in learner.policy.state_dict().items()}
-    sent = learner.networks.policy_state()
+    sent = {name: whole(weight) for name, weight in learner.networks.policy_state().items()}
     assert sent.keys() == base.state_dict().keys()
     base.load_state_dict(sent)
     torch.testing.assert_close(logits(base), logits(learner.policy), **EXACT)
     assert all(torch.equal(p, before[n]) for n, p in learner.policy.state_dict().items())
     assert learner.publish().version == 1
+
+
+def test_no_merged_weight_outlives_its_writing(learner, make_groups, monkeypatch):
+    """A publication holds one sum at a time, never the whole model again."""
+    learner.learn(make_groups(seed=1))
+    plain, made = Merged.full_tensor, []
+
+    def watched(self):
+        assert not [ref for ref in made if ref() is not None]
+        found = plain(self)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Merged, "full_tensor", watched)
+    learner.publish()
+    assert len(made) == len(list(_layers(learner.policy)))
 
 
 def test_the_export_is_an_ordinary_policy(learner, make_groups, tmp_path):
@@ -109,4 +134,4 @@ def test_merging_adds_the_scaled_product(tiny_policy):
     a, b = (layer.get_parameter(f"lora_{x}.default.weight") for x in "AB")
     plain = layer.get_parameter("base_layer.weight")
     merged = merged_tensors(model)["model.layers.1.self_attn.q_proj.weight"]
-    torch.testing.assert_close(merged, plain + 3 * b @ a)
+    torch.testing.assert_close(whole(merged), plain + 3 * b @ a)
