@@ -14,8 +14,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from common import ROOT, metrics, report, spread, total, train_on
-from scipy import stats
+from common import ROOT, interval, metrics, report, spread, total, train_on
 
 WARM_UP = 2
 LAST = 10
@@ -45,7 +44,9 @@ def main() -> None:
             "limit (slower side alone)": spread(limits),
             "final reward, sync": spread(sync_rewards),
             "final reward, async": spread(async_rewards),
-            "sync - async, 95 % interval": _difference(sync_rewards, async_rewards),
+            "sync - async, 95 % interval": interval(
+                [a - b for a, b in zip(sync_rewards, async_rewards, strict=True)]
+            ),
         },
         f"python benchmarks/async_vs_sync.py --steps {options.steps} --seeds {options.seeds}",
     )
@@ -58,16 +59,6 @@ def _run(source: Path, steps: int, seed: int, *, staleness: int) -> list[dict[st
 
 def _final_reward(rows: list[dict[str, float]]) -> float:
     return statistics.fmean(row["reward/mean"] for row in rows[-LAST:])
-
-
-def _difference(sync: list[float], overlapped: list[float]) -> str:
-    """Of pairs with the same seed, by Student's t."""
-    if len(sync) < 2:
-        return "needs two seeds"
-    gaps = [a - b for a, b in zip(sync, overlapped, strict=True)]
-    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
-    half = error * float(stats.t.ppf(0.975, len(gaps) - 1))
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
-from common import ROOT, report
+from common import ROOT, ok, report
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -70,7 +70,7 @@ def main() -> None:
 def _cartpole_figures(learned: Sequence[Learned]) -> dict[str, str]:
     took = [one.solved for one in learned if one.solved is not None]
     return {
-        "CartPole, seeds that got there": f"{_ok(len(took) == len(learned))} "
+        "CartPole, seeds that got there": f"{ok(len(took) == len(learned))} "
         f"{len(took)}/{len(learned)}",
         "CartPole, steps to 475": ", ".join(
             "never" if one.solved is None else f"{one.solved:,}" for one in learned
@@ -86,14 +86,10 @@ def _corridor_figures(walked: Mapping[str, np.ndarray]) -> dict[str, str]:
         "without": ends["without"].mean() <= -16,
     }
     return {
-        f"corridor {name}": (f"{_ok(good[name])} " if name in good else "     ")
+        f"corridor {name}": (f"{ok(good[name])} " if name in good else "     ")
         + _spread(end, ".2f")
         for name, end in ends.items()
     }
-
-
-def _ok(good: bool) -> str:
-    return "ok  " if good else "MISS"
 
 
 def _spread(values: Sequence[float] | np.ndarray, how: str) -> str:

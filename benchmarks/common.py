@@ -121,6 +121,24 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}  ({', '.join(f'{v:.2f}' for v in values)})"
 
 
+def interval(values: Sequence[float]) -> str:
+    """The mean and its 95 % interval over seeds, by Student's t; of gaps between runs of one seed,
+    that of their difference."""
+    from scipy import stats
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.2f} (one seed)"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    half = error * float(stats.t.ppf(0.975, len(values) - 1))
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def ok(good: bool) -> str:
+    """How a threshold was met."""
+    return "ok  " if good else "MISS"
+
+
 def report(title: str, figures: dict[str, Any], command: str) -> None:
     """Print the figures, and how to get them again."""
     print(f"\n{title}  ({machine()})")

@@ -22,7 +22,7 @@ import json
 import statistics
 from pathlib import Path
 
-from common import ROOT, metrics, plot_rewards, report, spread, total, train_on
+from common import ROOT, interval, metrics, ok, plot_rewards, report, spread, total, train_on
 from safetensors.torch import load_file
 
 from distrl.driver.ledger_file import open_to_read
@@ -55,7 +55,7 @@ def main() -> None:
             )  # fmt: skip
     rows = {name: [metrics(run) for run in those] for name, those in runs.items()}
     areas = {name: [_reward(run) for run in those] for name, those in runs.items()}
-    ahead = statistics.fmean(areas["with"]) - statistics.fmean(areas["without"])
+    ahead = [a - b for a, b in zip(areas["with"], areas["without"], strict=True)]
     silent = {name: [_silent(run) for run in those] for name, those in runs.items()}
     picture = ROOT / "runs" / "dynamic_sampling.png"
     plot_rewards(picture, {name: those[0] for name, those in rows.items()}, "dynamic sampling")
@@ -63,7 +63,7 @@ def main() -> None:
         "Dynamic sampling on a reward of 0 or 1",
         {
             **{f"{name}, reward of all groups": spread(of) for name, of in areas.items()},
-            "with - without >= 0": f"{'ok  ' if ahead >= 0 else 'MISS'} {ahead:+.3f}",
+            "with - without >= 0": f"{ok(statistics.fmean(ahead) >= 0)} {interval(ahead)}",
             **{
                 f"{name}, reward of the last quarter": spread(
                     [_reward(run, after=0.75) for run in those]
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _ok(shares: list[float]) -> str:
-    return f"{'ok  ' if max(shares) == 0 else 'MISS'} {max(shares):.3f}"
+    return f"{ok(max(shares) == 0)} {max(shares):.3f}"
 
 
 def _reward(run: Path, after: float = 0.0) -> float:
