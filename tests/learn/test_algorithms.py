@@ -40,11 +40,22 @@ VARIANTS = {
             "kind": "group", "baseline": "leave_one_out", "scale": "none", "whiten": False
         },
     },
-    "reinforce": {"advantage": {"kind": "returns"}, "objective": {"kind": "policy_gradient"}},
+    "dapo": {
+        "advantage": {"kind": "group", "whiten": False}, "objective": {"clip_high": 0.28},
+        "kl": {"coef": 0.0},
+    },
+    "dual_clip": {"objective": {"dual_clip": 3.0}},
+    "reinforce": {
+        "advantage": {"kind": "returns", "whiten": False}, "objective": {"kind": "policy_gradient"}
+    },
+    "reinforce++": {"advantage": {"kind": "returns"}},
+    "reinforce++-baseline": {"advantage": {"kind": "group", "scale": "none"}},
+    "sequence weights": {"off_policy": {"weight": "sequence"}},
+    "geometric weights": {"off_policy": {"weight": "geometric"}},
     "a2c": {"advantage": {"lam": 1.0}, "objective": {"kind": "policy_gradient"}},
     "gspo": {
         "advantage": {"kind": "group", "whiten": False},
-        "objective": {"kind": "sequence", "aggregate": "sequence", "clip_low": 3e-4},
+        "objective": {"kind": "sequence", "aggregate": "sequence"},
     },
     "cispo": {"objective": {"kind": "capped_weight", "clip_low": 1.0, "clip_high": 3.0}},
     "penalty": {"objective": {"kind": "kl_penalty", "penalty_target": 0.01}},
