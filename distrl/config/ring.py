@@ -43,6 +43,10 @@ class GenerateConfig(Section):
     )
 
 
+RESERVED_PARTS = ("mean", "std", "missing_eos_penalty", "overlong")
+"""What reward/<name> means already: the sum's own figures, and its penalties."""
+
+
 class RewardPart(Section):
     """One part of the reward. Exactly one of `model` and `function`."""
 
@@ -102,6 +106,17 @@ class ScoreConfig(Section):
         default=120, gt=0, description="a group that takes longer is tried again"
     )
     overlong: OverlongConfig = OverlongConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreConfig:
+        names = [part.name for part in self.parts]
+        for name in names:
+            if name in RESERVED_PARTS or names.count(name) > 1:
+                raise ConfigError(
+                    f"score.parts: the name {name!r} is taken, as each part has its own metric "
+                    f"reward/<name> ({', '.join(RESERVED_PARTS)} are distrl's); choose another"
+                )
+        return self
 
 
 class SyncConfig(Section):
