@@ -110,6 +110,15 @@ def test_a_preset_is_what_its_source_says(name):
             assert reduce(getattr, field.split("."), config) == wanted, field
 
 
+@pytest.mark.parametrize("name", [*SOURCES, "demo", "smollm2"])
+def test_the_reward_model_reads_whole_sequences_of_the_run(name):
+    config = preset(name)
+    sizes = {"demo": (96, 96), "smollm2": (36, 64)}
+    whole = (config.sequence_tokens, config.sequence_tokens)
+    assert (config.sft_tokens, config.reward_model_tokens) == sizes.get(name, whole)
+    assert config.reward_model_tokens >= config.sequence_tokens
+
+
 def test_every_recipe_has_a_source_and_a_name_of_its_own():
     there = {path.stem for path in PRESETS.glob("*.yaml")}
     assert there - {"demo", "smollm2"} == set(SOURCES)

@@ -42,6 +42,8 @@ def _limits(config: Config) -> Table:
             + (f" - window {driver.window}" if driver.window else "")
         ),
         "longest sequence": f"{config.sequence_tokens} tokens",
+        "SFT examples are cut at": f"{config.sft_tokens} tokens",
+        "the reward model's training texts are cut at": f"{config.reward_model_tokens} tokens",
         "weight transport": config.sync.transport,
         "checkpoints": f"every {driver.checkpoint_every} steps, the last "
         f"{driver.keep_checkpoints} kept",

@@ -170,7 +170,7 @@ def write_pretrain(config: Config, policy: Path, path: Path) -> None:
     """The SFT examples for PPO-ptx, shuffled. Raises DataError, or ConfigError where there are
     none, before any actor starts."""
     rows = load_demonstrations(config.data, "train")
-    examples, _ = encode(rows, load_tokenizer(policy), config.sft.max_tokens)
+    examples, _ = encode(rows, load_tokenizer(policy), config.sft_tokens)
     order = np.random.default_rng(config.run.seed).permutation(len(examples))
     try:
         save_examples([examples[place].ids.tolist() for place in order], path)

@@ -35,14 +35,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         notes.append("sft")
         (out / "policy").mkdir(parents=True)
         on_step(1, 1, {"loss": 1.0})
-        return SimpleNamespace(parameters=1e6, validation_loss=1.0, seconds=1.0)
+        return SimpleNamespace(parameters=1e6, validation_loss=1.0, truncated=0, seconds=1.0)
 
     def reward_model(config: Config, policy: Path, out: Path, on_step: Any) -> Any:
         assert policy == sft_stage(config).folder / "policy"
         notes.append("reward model")
         (out / "model").mkdir(parents=True)
         accuracy = {"0.5": SimpleNamespace(value=0.75, pairs=1000)}
-        return SimpleNamespace(held_out=SimpleNamespace(accuracy=accuracy), seconds=1.0)
+        held_out = SimpleNamespace(accuracy=accuracy)
+        return SimpleNamespace(held_out=held_out, truncated=30, alike=4, seconds=1.0)
 
     monkeypatch.setattr("distrl.learn.sft.run_sft", sft)
     monkeypatch.setattr("distrl.learn.reward_model.run_reward_model", reward_model)
@@ -68,6 +69,15 @@ def test_a_finished_stage_is_reused(
     assert capsys.readouterr().out.count("finished before, reusing") == 2
 
 
+def test_what_was_cut_is_said(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(config(tmp_path, reward_model={"max_tokens": 50}))
+    said = capsys.readouterr().out
+    assert "30 responses were cut at reward_model.max_tokens=50, and 4 of them left out" in said
+    assert "raise it" in said
+
+
 def test_fresh_makes_them_again(made: list[str], tmp_path: Path) -> None:
     both(config(tmp_path))
     (tmp_path / "r" / "sft" / "leftover").touch()
@@ -87,6 +97,16 @@ def test_fresh_makes_them_again(made: list[str], tmp_path: Path) -> None:
         # Its scale is measured on samples of the policy, so how these are drawn counts.
         ({"generate": {"temperature": 0.7}}, ["reward model"]),
         ({"generate": {"max_num_seqs": 7}}, []),
+        # Where no cut is set, a training text is as long as a sequence of the run.
+        ({"generate": {"max_new_tokens": 30}}, ["sft", "reward model"]),
+        (
+            {
+                "generate": {"max_new_tokens": 30},
+                "sft": {"max_tokens": 52},
+                "reward_model": {"max_tokens": 52},
+            },
+            ["reward model"],
+        ),
     ],
 )
 def test_changed_settings_make_them_again(
