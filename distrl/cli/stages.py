@@ -118,6 +118,8 @@ def check_functions(config: Config) -> None:
     for what, path in named.items():
         if ":" in path:
             resolve(path, what)
+    if config.evaluate.judge is not None:
+        resolve(config.evaluate.judge, "evaluate.judge")
 
 
 def check_context(config: Config) -> None:

@@ -218,6 +218,8 @@ def test_two_processes_do_not_share_a_run_directory(
         (["--learn.advantage.kind", "no_such_module:f"], "cannot import no_such_module"),
         (["--learn.objective.kind", "builtins:lenn"], "builtins has no lenn"),
         (["--score.parts", '[{"name": "r", "function": "builtins:lenn"}]'], "has no lenn"),
+        (["--evaluate.judge", "builtins:lenn"], "evaluate.judge 'builtins:lenn'"),
+        (["--evaluate.judge", "builtins.len"], "not of the form module:function"),
     ],
 )
 def test_functions_are_looked_up_before_any_stage(
