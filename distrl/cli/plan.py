@@ -9,6 +9,7 @@ from rich.table import Table
 
 from distrl.actors.cluster import Demand, check_demands, demands
 from distrl.actors.launch import generator_cores
+from distrl.cli.checks import check_what_is_there
 from distrl.cli.stages import check_context, check_functions
 from distrl.config import Config, dump_yaml
 from distrl.data.smollm2 import resolve_model
@@ -17,9 +18,11 @@ GIB = 2**30
 
 
 def print_plan(config: Config) -> None:
-    """Print everything; raises ConfigError or PlacementError for what cannot work."""
+    """Print everything; raises ConfigError, PlacementError, ModelError or DataError for what cannot
+    work."""
     check_functions(config)
     check_context(config)
+    check_what_is_there(config)
     console = Console()
     console.print(dump_yaml(config), highlight=False, markup=False)
     console.print(_limits(config))

@@ -188,9 +188,13 @@ def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
 
 
 def _own_reward_model(config: Config) -> bool:
-    mine = (reward_stage(config).folder / "model").resolve()
     named = [part.model for part in config.score.parts if part.model is not None]
-    return not config.score.parts or any(Path(model).resolve() == mine for model in named)
+    return not config.score.parts or any(is_own(config, model) for model in named)
+
+
+def is_own(config: Config, model: str | Path) -> bool:
+    """Whether a folder is where this run's own reward model lies, or will lie."""
+    return Path(model).resolve() == (reward_stage(config).folder / "model").resolve()
 
 
 def make_reward_model(config: Config, *, fresh: bool = False) -> None:

@@ -20,10 +20,7 @@ from distrl.cli.stages import (
     reward_stage,
     sft_stage,
 )
-from distrl.cli.train import check_models
 from distrl.config import Config, ConfigError, dump_yaml
-from distrl.data.tokenizer import load_tokenizer
-from distrl.models.load import ModelError
 
 
 @pytest.fixture
@@ -234,22 +231,3 @@ def test_functions_are_looked_up_before_any_stage(
         assert main(["train", *run, *words, "--learn.value.start", "policy", *more]) == 2
         assert message in capsys.readouterr().err
     assert made == []
-
-
-def test_what_the_learner_would_find_too_late_is_told_before(
-    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = load_tokenizer(tiny_policy)
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(tmp_path)
-    check_models(Config(), tiny_policy, tiny_policy)
-    with pytest.raises(ConfigError, match=r"another tokenizer .* learn\.value\.start=policy"):
-        check_models(Config(), tiny_policy, tmp_path)
-    alone = Config.model_validate({"learn": {"value": {"start": "policy"}}})
-    check_models(alone, tiny_policy, tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"learn\.compile=true: this needs a C\+\+ compiler"):
-        check_models(Config.model_validate({"learn": {"compile": True}}), tiny_policy, None)
-    lora = {"learn": {"lora": {"rank": 2, "targets": ["query"]}}}
-    with pytest.raises(ModelError, match="called 'query'"):
-        check_models(Config.model_validate(lora), tiny_policy, tiny_policy)
