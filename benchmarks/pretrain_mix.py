@@ -22,7 +22,7 @@ from typing import Any
 
 from common import ROOT, interval, metrics, ok, plot_rewards, report, spread, train_on
 
-from distrl.config import DataConfig, SFTConfig
+from distrl.config import Config, DataConfig, preset_path, read_yaml
 from distrl.data.reviews import Split
 from distrl.data.sources import load_demonstrations
 from distrl.data.tokenizer import load_tokenizer
@@ -99,7 +99,8 @@ def _loss(policy: Path, split: Split) -> float:
     """Nats a token of the reviews of a split, as SFT measures it."""
     tokenizer = load_tokenizer(policy)
     rows = load_demonstrations(DataConfig(), split)
-    examples, _ = encode(rows, tokenizer, SFTConfig().max_tokens)
+    demo = Config.model_validate(read_yaml(preset_path("demo")))
+    examples, _ = encode(rows, tokenizer, demo.sft_tokens)
     return validation_loss(load_policy(policy, tokenizer=tokenizer), examples)
 
 

@@ -113,6 +113,15 @@ def test_a_preset_is_what_its_source_says(name):
             assert reduce(getattr, field.split("."), config) == wanted, field
 
 
+@pytest.mark.parametrize("name", [*SOURCES, "demo", "smollm2"])
+def test_the_reward_model_reads_whole_sequences_of_the_run(name):
+    config = preset(name)
+    sizes = {"demo": (96, 96), "smollm2": (36, 64)}
+    whole = (config.sequence_tokens, config.sequence_tokens)
+    assert (config.sft_tokens, config.reward_model_tokens) == sizes.get(name, whole)
+    assert config.reward_model_tokens >= config.sequence_tokens
+
+
 def test_every_recipe_has_a_source_and_a_name_of_its_own():
     there = {path.stem for path in PRESETS.glob("*.yaml")}
     assert there - {"demo", "smollm2"} == set(SOURCES)
@@ -137,9 +146,39 @@ def test_every_recipe_has_a_source_and_a_name_of_its_own():
             r"never passed, as responses end at generate\.max_new_tokens=40",
         ),
         ({"score": {"overlong": {"start": 9, "full": 9}}}, r"must be above score\.overlong\.start"),
+        (
+            {"learn": {"kl": {"place": "loss", "estimator": "k1", "coef": 0.1}}},
+            r"expected gradient is 0 .*learn\.kl\.estimator to k2 or k3",
+        ),
+        (
+            {
+                "learn": {
+                    "kl": {
+                        "place": "loss",
+                        "estimator": "k1",
+                        "coef": 0,
+                        "kind": "linear",
+                        "final": 0.1,
+                    }
+                }
+            },
+            r"learn\.kl\.estimator to k2 or k3",
+        ),
     ],
 )
 def test_recipes_that_cannot_work_are_refused_with_the_fix(values, message):
     samples = values.pop("n", 4)
     with pytest.raises((ConfigError, ValueError), match=message):
         Config.model_validate(values | {"generate": {"samples_per_prompt": samples}})
+
+
+@pytest.mark.parametrize(
+    "kl",
+    [
+        {"place": "reward", "estimator": "k1", "coef": 0.1},
+        {"place": "loss", "estimator": "k1", "coef": 0.0},
+        {"place": "loss", "estimator": "k2", "coef": 0.1},
+    ],
+)
+def test_the_first_estimator_is_refused_only_where_its_gradient_would_have_to_hold(kl):
+    assert Config.model_validate({"learn": {"kl": kl}}).learn.kl.estimator == kl["estimator"]

@@ -20,7 +20,7 @@ from distrl.data.order import permutation
 from distrl.data.sources import PromptRow, load_prompts
 from distrl.data.tokenizer import load_tokenizer
 from distrl.evaluate import Comparison, compare, evaluate_policy, resolve_judge
-from distrl.evaluate.report import plot_reward_vs_kl, print_report, write_json
+from distrl.evaluate.report import NothingToPlot, plot_reward_vs_kl, print_report, write_json
 from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
 from distrl.learn.learner import PolicyLearner
@@ -61,8 +61,16 @@ def evaluate(config: Config) -> Comparison:
         write_json(comparison, directory.path / f"evaluation_{name}.json")
         return comparison
     write_json(comparison, directory.path / "evaluation.json")
-    plot_reward_vs_kl(directory.metrics, directory.path / "reward_vs_kl.png", comparison)
+    plot(directory, comparison)
     return comparison
+
+
+def plot(directory: RunDir, comparison: Comparison | None) -> None:
+    """Reward against KL over the run, or a word where none was measured."""
+    try:
+        plot_reward_vs_kl(directory.metrics, directory.path / "reward_vs_kl.png", comparison)
+    except NothingToPlot as error:
+        print(f"no reward_vs_kl.png: {error}; learn.kl.watch=true measures the KL", flush=True)
 
 
 @contextlib.contextmanager

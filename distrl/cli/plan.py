@@ -9,6 +9,7 @@ from rich.table import Table
 
 from distrl.actors.cluster import Demand, check_demands, demands
 from distrl.actors.launch import generator_cores
+from distrl.cli.checks import check_what_is_there
 from distrl.cli.stages import check_context, check_functions
 from distrl.config import Config, dump_yaml
 from distrl.data.smollm2 import resolve_model
@@ -17,9 +18,11 @@ GIB = 2**30
 
 
 def print_plan(config: Config) -> None:
-    """Print everything; raises ConfigError or PlacementError for what cannot work."""
+    """Print everything; raises ConfigError, PlacementError, ModelError or DataError for what cannot
+    work."""
     check_functions(config)
     check_context(config)
+    check_what_is_there(config)
     console = Console()
     console.print(dump_yaml(config), highlight=False, markup=False)
     console.print(_limits(config))
@@ -42,6 +45,8 @@ def _limits(config: Config) -> Table:
             + (f" - window {driver.window}" if driver.window else "")
         ),
         "longest sequence": f"{config.sequence_tokens} tokens",
+        "SFT examples are cut at": f"{config.sft_tokens} tokens",
+        "the reward model's training texts are cut at": f"{config.reward_model_tokens} tokens",
         "weight transport": config.sync.transport,
         "checkpoints": f"every {driver.checkpoint_every} steps, the last "
         f"{driver.keep_checkpoints} kept",

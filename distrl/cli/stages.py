@@ -62,6 +62,12 @@ def reward_stage(config: Config) -> Stage:
 
 def _settings(config: Config, *sections: str) -> dict[str, Any]:
     values = config.model_dump(mode="json", include=set(sections))
+    for section, tokens in (
+        ("sft", config.sft_tokens),
+        ("reward_model", config.reward_model_tokens),
+    ):
+        if section in values:
+            values[section]["max_tokens"] = tokens  # where it is empty, other sections decide
     return values | {"seed": config.run.seed}
 
 
@@ -112,10 +118,13 @@ def check_functions(config: Config) -> None:
     for what, path in named.items():
         if ":" in path:
             resolve(path, what)
+    if config.evaluate.judge is not None:
+        resolve(config.evaluate.judge, "evaluate.judge")
 
 
 def check_context(config: Config) -> None:
-    """Prompt + response beyond the positions of `model.path`: said now, not by the engine.
+    """Prompt + response, or a training text, beyond the positions of `model.path`: said now, not
+    by the engine or after hours.
 
     A new model's own context is checked with the configuration. Raises ConfigError.
     """
@@ -129,6 +138,15 @@ def check_context(config: Config) -> None:
             f"data.max_prompt_tokens + generate.max_new_tokens (or generate.max_model_len) = "
             f"{longest} is beyond the {context} positions of {folder}; shorten one"
         )
+    for name, tokens in (
+        ("sft.max_tokens", config.sft_tokens),
+        ("reward_model.max_tokens", config.reward_model_tokens),
+    ):
+        if context is not None and tokens > context:
+            raise ConfigError(
+                f"{name}={tokens} is beyond the {context} positions of {folder}; lower it, or "
+                "leave it empty"
+            )
 
 
 def ensure_sft(config: Config, *, fresh: bool = False) -> None:
@@ -152,6 +170,13 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
         f"{report.validation_loss:.2f} nats a token, {report.seconds:.0f} s",
         flush=True,
     )
+    if report.truncated:
+        print(
+            f"SFT: {report.truncated:,} rows were cut at sft.max_tokens={config.sft_tokens}, so "
+            "they have no end, and one whose prompt fills it is left out; raise it to keep them "
+            "whole",
+            flush=True,
+        )
 
 
 def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
@@ -163,9 +188,13 @@ def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
 
 
 def _own_reward_model(config: Config) -> bool:
-    mine = (reward_stage(config).folder / "model").resolve()
     named = [part.model for part in config.score.parts if part.model is not None]
-    return not config.score.parts or any(Path(model).resolve() == mine for model in named)
+    return not config.score.parts or any(is_own(config, model) for model in named)
+
+
+def is_own(config: Config, model: str | Path) -> bool:
+    """Whether a folder is where this run's own reward model lies, or will lie."""
+    return Path(model).resolve() == (reward_stage(config).folder / "model").resolve()
 
 
 def make_reward_model(config: Config, *, fresh: bool = False) -> None:
@@ -182,6 +211,14 @@ def make_reward_model(config: Config, *, fresh: bool = False) -> None:
     stage.finish()
     return_freed_memory()
     print(f"Reward model: {_accuracy(report)}, {report.seconds:.0f} s", flush=True)
+    if report.truncated:
+        print(
+            f"Reward model: {report.truncated:,} responses were cut at reward_model.max_tokens="
+            f"{config.reward_model_tokens}"
+            + f", and {report.alike:,} of them left out, as so cut they equal another to the same "
+            "prompt; raise it" * (report.alike > 0),
+            flush=True,
+        )
 
 
 def _accuracy(report: RewardReport) -> str:

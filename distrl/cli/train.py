@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ import numpy as np
 from distrl.actors.cluster import check_demands, connected, demands
 from distrl.actors.launch import launched
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
+from distrl.cli.checks import check_models, check_what_is_there, pretrain_rows
 from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
@@ -29,9 +28,9 @@ from distrl.cli.stages import (
     reward_model_folder,
 )
 from distrl.config import Config, ConfigError
-from distrl.data.sources import load_demonstrations, load_prompts
+from distrl.data.sources import load_prompts
 from distrl.data.stream import PromptStream
-from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from distrl.data.tokenizer import load_tokenizer
 from distrl.driver.driver import Driver
 from distrl.driver.ledger import FileLedger, Ledger
 from distrl.driver.ledger_file import LedgerFile
@@ -47,10 +46,7 @@ from distrl.metrics import (
     new_run_id,
     rewind_run,
 )
-from distrl.models.lora import check_targets
 from distrl.score.compose import with_default_part
-
-COMPILERS = ("g++", "clang++", "c++")
 
 STOPPED = 75
 """Exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
@@ -71,6 +67,7 @@ def prepare_stages(config: Config, *, fresh: bool) -> None:
     check_local_gpus(config)
     check_functions(config)
     check_context(config)
+    check_what_is_there(config)
     ensure_sft(config, fresh=fresh)
     ensure_reward_model(config, fresh=fresh)
 
@@ -102,33 +99,6 @@ def report(config: Config, summary: Summary) -> int:
         flush=True,
     )
     return 0
-
-
-def check_models(config: Config, policy: Path, reward_model: Path | None) -> None:
-    """What the learner would only find once it is up. Raises ModelError or ConfigError."""
-    learn = config.learn
-    compiled = {"learn.compile=true": learn.compile, "learn.adam_bits=8": learn.adam_bits == 8}
-    asked = [setting for setting, wanted in compiled.items() if wanted]
-    if asked and not any(map(shutil.which, COMPILERS)):
-        raise ConfigError(
-            f"{' and '.join(asked)}: this needs a C++ compiler ({', '.join(COMPILERS)}), and there "
-            "is none on the path; install one, or leave it out"
-        )
-    if learn.adam_bits == 8 and importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            "learn.adam_bits=8 needs torchao: pip install 'distrl[eight-bit]', or set it to 32"
-        )
-    if learn.lora.rank:
-        check_targets(policy, learn.lora)
-    from_rewards = learn.has_critic and learn.value.start == "reward_model"
-    if from_rewards and reward_model is not None:
-        tokenizers = [load_tokenizer(folder) for folder in (policy, reward_model)]
-        if len(set(map(tokenizer_fingerprint, tokenizers))) > 1:
-            raise ConfigError(
-                f"the reward model in {reward_model} has another tokenizer than the policy in "
-                f"{policy}: a critic that starts from it would read other words than were "
-                "written. Set learn.value.start=policy; rewards may be of any tokenizer"
-            )
 
 
 def train(options: Options, directory: RunDir) -> Summary:
@@ -169,15 +139,16 @@ def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) ->
 def write_pretrain(config: Config, policy: Path, path: Path) -> None:
     """The SFT examples for PPO-ptx, shuffled. Raises DataError, or ConfigError where there are
     none, before any actor starts."""
-    rows = load_demonstrations(config.data, "train")
-    examples, _ = encode(rows, load_tokenizer(policy), config.sft.max_tokens)
+    rows = pretrain_rows(config)
+    examples, _ = encode(rows, load_tokenizer(policy), config.sft_tokens)
     order = np.random.default_rng(config.run.seed).permutation(len(examples))
     try:
         save_examples([examples[place].ids.tolist() for place in order], path)
     except ValueError as error:
         raise ConfigError(
             f"learn.pretrain.coef={config.learn.pretrain.coef} needs SFT text to train on: "
-            f"{error}; see the data section, or set it to 0"
+            f"{error} within sft.max_tokens={config.sft_tokens}; raise that, see the data section, "
+            "or set it to 0"
         ) from None
 
 

@@ -172,7 +172,9 @@ class KLConfig(Section):
         "objective (GRPO)",
     )
     estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k3", description="loss: estimator of a token's KL (Schulman 2020)"
+        default="k3",
+        description="loss: estimator of a token's KL (Schulman 2020); k1 "
+        "has no gradient there, so with a price it is refused",
     )
     kind: Literal["fixed", "adaptive", "linear"] = Field(
         default="fixed",
@@ -187,6 +189,17 @@ class KLConfig(Section):
         default=True,
         description="measure the KL to the SFT policy even where it costs nothing",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> KLConfig:
+        costs = self.coef > 0 or (self.kind == "linear" and self.final > 0)
+        if self.place == "loss" and self.estimator == "k1" and costs:
+            raise ConfigError(
+                "learn.kl.estimator=k1 in the loss holds nothing back: its expected gradient is 0 "
+                "on the policy's own samples; set learn.kl.estimator to k2 or k3, or "
+                "learn.kl.place=reward, where k1 is right"
+            )
+        return self
 
     @property
     def used(self) -> bool:

@@ -43,6 +43,10 @@ class GenerateConfig(Section):
     )
 
 
+RESERVED_PARTS = ("mean", "std", "missing_eos_penalty", "overlong")
+"""What reward/<name> means already: the sum's own figures, and its penalties."""
+
+
 class RewardPart(Section):
     """One part of the reward. Exactly one of `model` and `function`."""
 
@@ -114,6 +118,13 @@ class ScoreConfig(Section):
                 "score.missing_eos_penalty is added to the score of a cut response and "
                 "score.missing_eos_score takes its place: leave one of them empty"
             )
+        names = [part.name for part in self.parts]
+        for name in names:
+            if name in RESERVED_PARTS or names.count(name) > 1:
+                raise ConfigError(
+                    f"score.parts: the name {name!r} is taken, as each part has its own metric "
+                    f"reward/<name> ({', '.join(RESERVED_PARTS)} are distrl's); choose another"
+                )
         return self
 
 

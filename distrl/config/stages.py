@@ -105,7 +105,12 @@ class SFTConfig(Section):
     batch_tokens: int = Field(default=1024, ge=16, description="tokens of an optimizer step")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay (AdamW)")
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of steps that warm up")
-    max_tokens: int = Field(default=96, ge=8, description="longer rows are cut, and counted")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=8,
+        description="longer rows are cut, and counted; empty: data.max_prompt_tokens + "
+        "generate.max_new_tokens",
+    )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of a gradient")
 
 
@@ -128,7 +133,12 @@ class RewardModelConfig(Section):
     )
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay (AdamW)")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of steps that warm up")
-    max_tokens: int = Field(default=96, ge=8, description="longer texts are cut, and counted")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=8,
+        description="longer texts are cut, and counted; empty: data.max_prompt_tokens + "
+        "generate.max_new_tokens",
+    )
     max_examples: int | None = Field(
         default=None, ge=2, description="train on this many responses at most"
     )

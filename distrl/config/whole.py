@@ -76,7 +76,7 @@ class Config(Section):
                 f"learn.micro_tokens={self.learn.micro_tokens} cannot hold one sequence of {need} "
                 "tokens; raise it to at least that"
             )
-        if self.model.path is None and max(self.sft.max_tokens, self.reward_model.max_tokens) > (
+        if self.model.path is None and max(self.sft_tokens, self.reward_model_tokens) > (
             self.model.context
         ):
             raise ConfigError(
@@ -175,6 +175,17 @@ class Config(Section):
     def sequence_tokens(self) -> int:
         """Longest prompt + response."""
         return self.data.max_prompt_tokens + self.generate.max_new_tokens
+
+    @property
+    def sft_tokens(self) -> int:
+        """Where an SFT example is cut: `sft.max_tokens`, or the longest sequence of the run."""
+        return self.sft.max_tokens or self.sequence_tokens
+
+    @property
+    def reward_model_tokens(self) -> int:
+        """Where the reward model's training texts are cut: `reward_model.max_tokens`, or the
+        longest sequence of the run."""
+        return self.reward_model.max_tokens or self.sequence_tokens
 
     @property
     def slots(self) -> int:

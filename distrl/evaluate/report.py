@@ -96,11 +96,15 @@ def write_json(comparison: Comparison, path: Path) -> None:
     temporary.replace(path)
 
 
+class NothingToPlot(ValueError):
+    """No step of a run has both a reward and a KL."""
+
+
 def plot_reward_vs_kl(metrics: Path, path: Path, comparison: Comparison | None = None) -> None:
     """Reward against the square root of KL over a run, with the evaluated policies.
 
     The axis of Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization": the
-    distance of a policy from its reference grows like the root of KL. Raises ValueError
+    distance of a policy from its reference grows like the root of KL. Raises NothingToPlot
     where `metrics` has no step with both.
     """
     rows = read_jsonl(metrics)
@@ -110,7 +114,7 @@ def plot_reward_vs_kl(metrics: Path, path: Path, comparison: Comparison | None =
         if row.get("kl/ref") is not None and row.get("reward/mean") is not None
     ]
     if not points:
-        raise ValueError(f"{metrics} has no step with both kl/ref and reward/mean")
+        raise NothingToPlot(f"{metrics} has no step with both kl/ref and reward/mean")
     step, kl, reward = np.array(points, dtype=np.float64).T
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     try:

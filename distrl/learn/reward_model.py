@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distrl.algo import normalisation, pairwise_loss
 from distrl.config import Config, RewardModelConfig
 from distrl.data.batching import pad_right, token_budget_batches
+from distrl.data.errors import DataError
 from distrl.data.reviews import Split
 from distrl.data.rows import Messages
 from distrl.data.sources import Comparison, load_comparisons, load_prompts
@@ -50,7 +52,8 @@ class RewardReport:
         held_out: agreement with people's order on held-out pairs (reward_report.py).
         gain, bias: the scale; score = gain * raw + bias.
         reference_samples: policy samples that the scale was measured on.
-        examples: responses trained on; `truncated` of all rows were cut at max_tokens.
+        examples: responses trained on; `truncated` of all rows were cut at max_tokens, and `alike`
+            of these left out (`told_apart`).
     """
 
     steps: int
@@ -62,6 +65,7 @@ class RewardReport:
     reference_samples: int
     examples: int
     truncated: int
+    alike: int
     seconds: float
 
 
@@ -89,8 +93,8 @@ def run_reward_model(
     language_model = load_policy(policy, tokenizer=tokenizer)
     model = ScalarModel.from_policy(language_model, seed).to(best_device())
     pack(model.body)
-    groups, cut = _groups(config, "train", tokenizer, settings.max_examples)
-    held_out, cut_held_out = _groups(config, "validation", tokenizer, None)
+    groups, cut, alike = read_groups(config, "train", tokenizer)
+    held_out, cut_held_out, alike_held_out = read_groups(config, "validation", tokenizer)
     with crew_for(next(model.parameters()).device) as crew:
         trained = train(
             model,
@@ -119,6 +123,7 @@ def run_reward_model(
         reference_samples=len(samples),
         examples=sum(len(group.ids) for group in groups),
         truncated=cut + cut_held_out,
+        alike=alike + alike_held_out,
         seconds=time.perf_counter() - start,
     )
     meta = {
@@ -131,14 +136,26 @@ def run_reward_model(
     return report
 
 
-def _groups(
-    config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> tuple[list[Group], int]:
-    settings = config.reward_model
+def read_groups(
+    config: Config, split: Split, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Group], int, int]:
+    """The groups of a split, how many responses were cut, and how many of these are left out.
+
+    Raises DataError for rows that cannot be read, and where the cut leaves nothing to compare.
+    """
+    limit = config.reward_model.max_examples if split == "train" else None
     rows = load_comparisons(
-        config.data, split, group=settings.group, seed=config.run.seed, limit=limit
+        config.data, split, group=config.reward_model.group, seed=config.run.seed, limit=limit
     )
-    return encode(rows, tokenizer, settings.max_tokens)
+    encoded, cut = encode(rows, tokenizer, config.reward_model_tokens)
+    groups, alike = told_apart(encoded, config.reward_model_tokens)
+    if not groups:
+        raise DataError(
+            f"reward_model.max_tokens={config.reward_model_tokens} cuts every response of the "
+            f"{split} rows before it differs from the others to its prompt, so there is nothing "
+            "to learn; raise it (empty: data.max_prompt_tokens + generate.max_new_tokens)"
+        )
+    return groups, cut, alike
 
 
 def encode(
@@ -160,6 +177,25 @@ def encode(
         ratings_K = np.asarray(row.ratings, dtype=np.float32)
         groups.append(Group(prompt=row.prompt, ids=tuple(ids), ratings_K=ratings_K))
     return groups, cut
+
+
+def told_apart(groups: Sequence[Group], max_tokens: int) -> tuple[list[Group], int]:
+    """The groups without responses that the cut made equal, and how many those were.
+
+    Two responses that differ beyond `max_tokens` alone get one score whatever is learnt, and
+    nothing says whose rating it should follow. A group with less than two others is left out.
+    """
+    kept, alike = [], 0
+    for group in groups:
+        cut = Counter(ids.tobytes() for ids in group.ids if len(ids) == max_tokens)
+        places = [i for i, ids in enumerate(group.ids) if cut[ids.tobytes()] < 2]
+        alike += len(group.ids) - len(places)
+        if len(places) == len(group.ids):
+            kept.append(group)
+        elif len(places) > 1:
+            ids = tuple(group.ids[i] for i in places)
+            kept.append(Group(prompt=group.prompt, ids=ids, ratings_K=group.ratings_K[places]))
+    return kept, alike
 
 
 def batches(groups: Sequence[Group], size: int, seed: int) -> list[list[Group]]:

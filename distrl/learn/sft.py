@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distrl.algo import masked_mean, token_logprobs
 from distrl.config import Config
 from distrl.data.batching import pad_right, token_budget_batches
+from distrl.data.errors import DataError
 from distrl.data.smollm2 import resolve_model
 from distrl.data.sources import Demonstration, load_demonstrations
 from distrl.data.tokenizer import encode_example, load_tokenizer, train_tokenizer
@@ -82,8 +83,13 @@ def run_sft(config: Config, out: Path, on_step: OnStep = lambda *_: None) -> SFT
     held_out = load_demonstrations(config.data, "validation")
     model, tokenizer = starting_policy(config, rows)
     cast(nn.Module, model).to(best_device())
-    examples, cut = encode(rows, tokenizer, config.sft.max_tokens)
-    validation, cut_validation = encode(held_out, tokenizer, config.sft.max_tokens)
+    examples, cut = encode(rows, tokenizer, config.sft_tokens)
+    validation, cut_validation = encode(held_out, tokenizer, config.sft_tokens)
+    if not examples:
+        raise DataError(
+            f"sft.max_tokens={config.sft_tokens} is filled by the prompt in every row, so there "
+            "is no response to learn; raise it"
+        )
     losses: list[float] = []
 
     def at_epoch_end(epoch: int) -> Mapping[str, float]:

@@ -59,18 +59,14 @@ class RewardSum:
         """The rewards that `config.parts` names, loaded; `tokenizer` is the policy's, and `crew`
         shares the passes of reward models.
 
-        Raises ConfigError where there is no part, a name stands twice, or a function is not
-        there; ModelError where a folder holds no reward model.
+        Raises ConfigError where there is no part or a function is not there; ModelError where a
+        folder holds no reward model.
         """
-        names = [part.name for part in config.parts]
-        if not names:
+        if not config.parts:
             raise ConfigError(
                 "score.parts is empty and no reward model was put in its place; name one, or "
                 "train one with 'distrl reward-model'"
             )
-        twice = {name for name in names if names.count(name) > 1 or name in (PENALTY, OVERLONG)}
-        if twice:
-            raise ConfigError(f"score.parts: the name {twice.pop()!r} is taken; choose another")
         weights = {part.name: part.weight for part in config.parts}
         rewards = [_reward(part, config, tokenizer, crew) for part in config.parts]
         return cls(

@@ -10,9 +10,10 @@ import torch
 
 from distrl.actors.launch import learner_spec
 from distrl.checkpoint import CheckpointError, Checkpoints, RunDir
-from distrl.cli.evaluate import candidate
+from distrl.cli.evaluate import candidate, plot
 from distrl.config import Config, ConfigError
 from distrl.learn.learner import PolicyLearner
+from distrl.metrics import JSONLSink
 from distrl.models.load import ModelError, load_policy
 
 
@@ -78,3 +79,21 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path: Path, tiny_policy: Pat
             pass
     with pytest.raises(ConfigError, match=r"--evaluate\.policy 20"), candidate(config, directory):
         pass
+
+
+def test_a_run_that_measured_no_kl_has_no_plot_and_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDir(tmp_path)
+    sink = JSONLSink(directory.metrics)
+    sink.log(1, {"reward/mean": 1.0})
+    plot(directory, None)
+    assert not (tmp_path / "reward_vs_kl.png").exists()
+    said = capsys.readouterr().out
+    assert "no reward_vs_kl.png" in said and "learn.kl.watch=true" in said
+    for step in (2, 3):
+        sink.log(step, {"reward/mean": 1.0, "kl/ref": 0.5})
+    sink.close()
+    plot(directory, None)
+    assert (tmp_path / "reward_vs_kl.png").exists()
+    assert not capsys.readouterr().out

@@ -27,7 +27,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 SMALL = {
     "data": {"max_prompt_tokens": 48},
     "generate": {"max_new_tokens": 40},
-    "reward_model": {"epochs": 1, "max_tokens": 64, "reference_prompts": 8},
+    "reward_model": {"epochs": 1, "reference_prompts": 8},
 }
 
 
@@ -84,6 +84,11 @@ def test_the_plan_is_printed(
 ) -> None:
     assert main(["train", "--config", str(folder / "mine.yaml"), "--dry-run"]) == 0
     assert "slots (groups under way, at most)" in capsys.readouterr().out
+
+
+def test_the_reward_model_sees_the_whole_of_every_answer(trained: Config) -> None:
+    report = json.loads((trained.run.dir / "reward-model" / "report.json").read_text())
+    assert (report["truncated"], report["alike"]) == (0, 0)
 
 
 def test_prompts_are_chat_and_rewards_are_of_both_parts(trained: Config, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_a_checkpoint_with_too_short_a_context(
     said = capsys.readouterr().err
     assert "129 is beyond the 128 positions" in said and "shorten" in said
     assert main(["train", "--dry-run", *words[:-1], "116"]) == 0
+
+
+def test_training_texts_are_as_long_as_the_run_s_sequences(
+    tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data.max_prompt_tokens", "60", "--generate.max_new_tokens", "50"]
+    assert main(["train", "--dry-run", *words, "--sft.max_tokens", "70"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"SFT examples are cut at .* 70 tokens", said)
+    assert re.search(r"reward model's training texts are cut at .* 110 tokens", said)
+    beyond = ["--model.path", str(tiny_policy), "--reward_model.max_tokens", "129"]
+    assert main(["train", "--dry-run", *beyond]) == 2
+    said = capsys.readouterr().err
+    assert "reward_model.max_tokens=129 is beyond the 128 positions" in said and "lower it" in said
 
 
 def test_parameters_are_those_of_the_model(tiny_policy: Path) -> None:

@@ -20,10 +20,7 @@ from distrl.cli.stages import (
     reward_stage,
     sft_stage,
 )
-from distrl.cli.train import check_models
 from distrl.config import Config, ConfigError, dump_yaml
-from distrl.data.tokenizer import load_tokenizer
-from distrl.models.load import ModelError
 
 
 @pytest.fixture
@@ -35,14 +32,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         notes.append("sft")
         (out / "policy").mkdir(parents=True)
         on_step(1, 1, {"loss": 1.0})
-        return SimpleNamespace(parameters=1e6, validation_loss=1.0, seconds=1.0)
+        return SimpleNamespace(parameters=1e6, validation_loss=1.0, truncated=0, seconds=1.0)
 
     def reward_model(config: Config, policy: Path, out: Path, on_step: Any) -> Any:
         assert policy == sft_stage(config).folder / "policy"
         notes.append("reward model")
         (out / "model").mkdir(parents=True)
         accuracy = {"0.5": SimpleNamespace(value=0.75, pairs=1000)}
-        return SimpleNamespace(held_out=SimpleNamespace(accuracy=accuracy), seconds=1.0)
+        held_out = SimpleNamespace(accuracy=accuracy)
+        return SimpleNamespace(held_out=held_out, truncated=30, alike=4, seconds=1.0)
 
     monkeypatch.setattr("distrl.learn.sft.run_sft", sft)
     monkeypatch.setattr("distrl.learn.reward_model.run_reward_model", reward_model)
@@ -68,6 +66,15 @@ def test_a_finished_stage_is_reused(
     assert capsys.readouterr().out.count("finished before, reusing") == 2
 
 
+def test_what_was_cut_is_said(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(config(tmp_path, reward_model={"max_tokens": 50}))
+    said = capsys.readouterr().out
+    assert "30 responses were cut at reward_model.max_tokens=50, and 4 of them left out" in said
+    assert "raise it" in said
+
+
 def test_fresh_makes_them_again(made: list[str], tmp_path: Path) -> None:
     both(config(tmp_path))
     (tmp_path / "r" / "sft" / "leftover").touch()
@@ -87,6 +94,16 @@ def test_fresh_makes_them_again(made: list[str], tmp_path: Path) -> None:
         # Its scale is measured on samples of the policy, so how these are drawn counts.
         ({"generate": {"temperature": 0.7}}, ["reward model"]),
         ({"generate": {"max_num_seqs": 7}}, []),
+        # Where no cut is set, a training text is as long as a sequence of the run.
+        ({"generate": {"max_new_tokens": 30}}, ["sft", "reward model"]),
+        (
+            {
+                "generate": {"max_new_tokens": 30},
+                "sft": {"max_tokens": 52},
+                "reward_model": {"max_tokens": 52},
+            },
+            ["reward model"],
+        ),
     ],
 )
 def test_changed_settings_make_them_again(
@@ -198,6 +215,8 @@ def test_two_processes_do_not_share_a_run_directory(
         (["--learn.advantage.kind", "no_such_module:f"], "cannot import no_such_module"),
         (["--learn.objective.kind", "builtins:lenn"], "builtins has no lenn"),
         (["--score.parts", '[{"name": "r", "function": "builtins:lenn"}]'], "has no lenn"),
+        (["--evaluate.judge", "builtins:lenn"], "evaluate.judge 'builtins:lenn'"),
+        (["--evaluate.judge", "builtins.len"], "not of the form module:function"),
     ],
 )
 def test_functions_are_looked_up_before_any_stage(
@@ -212,22 +231,3 @@ def test_functions_are_looked_up_before_any_stage(
         assert main(["train", *run, *words, "--learn.value.start", "policy", *more]) == 2
         assert message in capsys.readouterr().err
     assert made == []
-
-
-def test_what_the_learner_would_find_too_late_is_told_before(
-    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = load_tokenizer(tiny_policy)
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(tmp_path)
-    check_models(Config(), tiny_policy, tiny_policy)
-    with pytest.raises(ConfigError, match=r"another tokenizer .* learn\.value\.start=policy"):
-        check_models(Config(), tiny_policy, tmp_path)
-    alone = Config.model_validate({"learn": {"value": {"start": "policy"}}})
-    check_models(alone, tiny_policy, tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"learn\.compile=true: this needs a C\+\+ compiler"):
-        check_models(Config.model_validate({"learn": {"compile": True}}), tiny_policy, None)
-    lora = {"learn": {"lora": {"rank": 2, "targets": ["query"]}}}
-    with pytest.raises(ModelError, match="called 'query'"):
-        check_models(Config.model_validate(lora), tiny_policy, tiny_policy)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from distrl.cli.train import check_models
+from distrl.cli.checks import check_models
 from distrl.config import Config, ConfigError, LearnConfig
 
 EXTRA = "eight-bit"

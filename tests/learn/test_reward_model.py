@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distrl.config import Config, RewardModelConfig
+from distrl.data.errors import DataError
 from distrl.data.sources import Comparison
 from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from distrl.learn.reward_model import (
@@ -21,6 +22,7 @@ from distrl.learn.reward_model import (
     reference_samples,
     run_reward_model,
     score_rows,
+    told_apart,
 )
 from distrl.models import ScalarModel, load_policy, new_llama, save_policy
 
@@ -145,6 +147,47 @@ def test_every_row_ends_in_eos_also_where_it_was_cut(policy):
     assert cut == 1
     assert [int(ids[-1]) for ids in group.ids] == [tokenizer.eos_token_id] * 2
     assert len(group.ids[1]) == 16
+
+
+ENDS = tuple(c * 9 for c in "abc")
+
+
+def test_responses_that_the_cut_made_equal_are_left_out(policy):
+    tokenizer = load_tokenizer(policy)
+    rows = [
+        Comparison(row_id="0", prompt="x" * 20, responses=ENDS[:2], ratings=(0, 1)),
+        Comparison(row_id="1", prompt="x" * 12, responses=("y", *ENDS), ratings=(0, 1, 2, 3)),
+        Comparison(row_id="2", prompt="x" * 20, responses=("y" * 9,) * 2, ratings=(0, 1)),
+        Comparison(row_id="3", prompt="Film", responses=("same", "same"), ratings=(0, 1)),
+    ]
+    encoded, cut = encode(rows, tokenizer, 16)
+    groups, alike = told_apart(encoded, 16)
+    assert (cut, alike) == (7, 4), "what was not cut is as its row has it"
+    assert [group.ratings_K.tolist() for group in groups] == [[0, 1, 2, 3], [0, 1]]
+    mixed = Group(
+        prompt="",
+        ids=(encoded[0].ids[0], encoded[1].ids[0], encoded[0].ids[1], encoded[1].ids[1]),
+        ratings_K=np.array([0, 1, 2, 3], np.float32),
+    )
+    (kept,), alike = told_apart([mixed], 16)
+    assert alike == 2 and kept.ratings_K.tolist() == [1, 3]
+    assert [ids.tolist() for ids in kept.ids] == [mixed.ids[1].tolist(), mixed.ids[3].tolist()]
+
+
+def test_a_cut_that_leaves_nothing_to_compare_is_an_error_before_training(config, policy, tmp_path):
+    rows = [
+        {"prompt": f"{i:02}" + "x" * 20, "responses": [" good", " bad"], "ratings": [1, 0]}
+        for i in range(40)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(path), "max_prompt_tokens": 24}
+    values = config.model_dump() | {"data": data, "reward_model": {"max_tokens": 16}}
+    with pytest.raises(DataError, match=r"reward_model\.max_tokens=16 cuts every .*raise it"):
+        run_reward_model(Config.model_validate(values), policy, tmp_path)
+    values["reward_model"] = {"reference_prompts": 4, "epochs": 1}
+    report = run_reward_model(Config.model_validate(values), policy, tmp_path)
+    assert (report.truncated, report.alike) == (0, 0)
 
 
 def test_it_learns_what_people_prefer(trained):

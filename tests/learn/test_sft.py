@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distrl.config import Config
+from distrl.data.errors import DataError
 from distrl.data.tokenizer import load_tokenizer, train_tokenizer
 from distrl.learn.sft import (
     Example,
@@ -104,6 +105,15 @@ def test_long_rows_are_cut_and_counted_and_rows_without_a_response_dropped(sourc
     examples, cut = encode(rows, tokenizer, 10)
     assert cut == 2
     assert [(len(e.ids), e.prompt_tokens) for e in examples] == [(5, 3), (10, 3)]
+
+
+def test_a_cut_that_leaves_no_response_is_an_error(tmp_path):
+    source, rng = tmp_path / "rows.jsonl", np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    rows = [{"prompt": "".join(rng.choice(letters, 25)), "response": " yes"} for _ in range(40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"sft\.max_tokens=8 is filled by the prompt .*raise it"):
+        run_sft(config(source, sft={"max_tokens": 8}), tmp_path)
 
 
 def test_it_learns_and_reports(trained):

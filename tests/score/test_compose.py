@@ -12,7 +12,7 @@ from distrl.data.tokenizer import train_tokenizer
 from distrl.records import Prompt, Rollout, Sample, ScoredRollout, VersionSpan
 from distrl.roles import ScoreFailed
 from distrl.score import RewardSum, with_default_part
-from distrl.score.compose import overlong_penalty
+from distrl.score.compose import OVERLONG, PENALTY, overlong_penalty
 
 
 class Fixed:
@@ -84,12 +84,17 @@ def test_configurations_that_cannot_work_say_what_to_do():
     rule = RewardPart(name="rule", function="builtins:len")
     with pytest.raises(ConfigError, match="distrl reward-model"):
         RewardSum.of(ScoreConfig(), tokenizer)
-    with pytest.raises(ConfigError, match="'rule' is taken"):
-        RewardSum.of(ScoreConfig(parts=(rule, rule)), tokenizer)
-    with pytest.raises(ConfigError, match="is taken"):
-        penalty = RewardPart(name="missing_eos_penalty", function="builtins:len")
-        RewardSum.of(ScoreConfig(parts=(penalty,)), tokenizer)
     assert RewardSum.of(ScoreConfig(parts=(rule,)), tokenizer).weights == {"rule": 1.0}
+
+
+def test_a_name_that_is_taken_is_refused_by_the_configuration():
+    rule = RewardPart(name="rule", function="builtins:len")
+    with pytest.raises(ValueError, match="'rule' is taken"):
+        ScoreConfig(parts=(rule, rule))
+    for name in (PENALTY, OVERLONG, "mean", "std"):
+        part = RewardPart(name=name, function="builtins:len")
+        with pytest.raises(ValueError, match=f"'{name}' is taken.* choose another"):
+            ScoreConfig(parts=(rule, part))
 
 
 def test_the_run_s_own_reward_model_stands_in_for_no_parts():

@@ -1,0 +1,106 @@
+"""What a run would find only after its first stages: looked at before, as far as it is there.
+
+Called by `--dry-run` and again before the first stage. Nothing is trained and no weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from distrl.cli.stages import is_own, reward_model_folder, reward_stage, sft_stage
+from distrl.config import Config, ConfigError
+from distrl.data.errors import DataError
+from distrl.data.smollm2 import resolve_model
+from distrl.data.sources import REVIEWS, Demonstration, load_demonstrations
+from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from distrl.models.heads import HEAD_FILE, META_FILE
+from distrl.models.load import ModelError, checked_folder
+from distrl.models.lora import check_targets
+
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def check_what_is_there(config: Config) -> None:
+    """Compilers, folders of models, what goes with what, text for PPO-ptx. Raises ConfigError,
+    ModelError or DataError."""
+    check_reward_parts(config)
+    reward_model = reward_model_folder(config)
+    if reward_model is not None and is_own(config, reward_model):
+        reward_model = None  # made from the policy, it has the policy's tokenizer
+    check_models(config, known_policy(config), reward_model)
+    if config.learn.pretrain.coef and config.data.source != REVIEWS:
+        pretrain_rows(config)
+
+
+def known_policy(config: Config) -> Path | None:
+    """A folder with the layers and the tokenizer that the policy will have: `model.path`, which SFT
+    changes neither of, or a finished SFT stage's; None where both are made yet."""
+    folder = resolve_model(config.model.path)
+    if folder is None and sft_stage(config).finished():
+        folder = sft_stage(config).folder / "policy"
+    return folder
+
+
+def check_reward_parts(config: Config) -> None:
+    """ModelError where a part of the reward names a folder without a reward model, and it is not
+    the one that this run makes."""
+    for part in config.score.parts:
+        if part.model is None or is_own(config, part.model):
+            continue
+        try:
+            folder = checked_folder(part.model)
+        except ModelError as error:
+            raise ModelError(
+                f"score.parts, {part.name!r}: {error}. This run's own would be "
+                f"{reward_stage(config).folder / 'model'}"
+            ) from None
+        missing = [name for name in (HEAD_FILE, META_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"score.parts, {part.name!r}: {folder} holds no reward model, as it has no "
+                f"{' and no '.join(missing)}; make one with 'distrl reward-model'"
+            )
+
+
+def check_models(config: Config, policy: Path | None, reward_model: Path | None) -> None:
+    """What the learner would only find once it is up; of folders that are None, nothing is asked.
+    Raises ModelError or ConfigError."""
+    learn = config.learn
+    compiled = {"learn.compile=true": learn.compile, "learn.adam_bits=8": learn.adam_bits == 8}
+    asked = [setting for setting, wanted in compiled.items() if wanted]
+    if asked and not any(map(shutil.which, COMPILERS)):
+        raise ConfigError(
+            f"{' and '.join(asked)}: this needs a C++ compiler ({', '.join(COMPILERS)}), and there "
+            "is none on the path; install one, or leave it out"
+        )
+    if learn.adam_bits == 8 and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "learn.adam_bits=8 needs torchao: pip install 'distrl[eight-bit]', or set it to 32"
+        )
+    if policy is None:
+        return
+    if learn.lora.rank:
+        check_targets(policy, learn.lora)
+    from_rewards = learn.has_critic and learn.value.start == "reward_model"
+    if from_rewards and reward_model is not None:
+        tokenizers = [load_tokenizer(folder) for folder in (policy, reward_model)]
+        if len(set(map(tokenizer_fingerprint, tokenizers))) > 1:
+            raise ConfigError(
+                f"the reward model in {reward_model} has another tokenizer than the policy in "
+                f"{policy}: a critic that starts from it would read other words than were "
+                "written. Set learn.value.start=policy; rewards may be of any tokenizer"
+            )
+
+
+def pretrain_rows(config: Config) -> list[Demonstration]:
+    """The rows that PPO-ptx mixes in. Raises DataError that says who asks for them."""
+    try:
+        return load_demonstrations(config.data, "train")
+    except DataError as error:
+        raise DataError(
+            f"learn.pretrain.coef={config.learn.pretrain.coef:g} mixes SFT text into PPO, and it "
+            f"cannot be read: {error}. Name its column in data.response_column, or set "
+            "learn.pretrain.coef=0"
+        ) from error

@@ -1,0 +1,187 @@
+"""What is looked at before the first stage, and by `--dry-run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distrl.cli import main
+from distrl.cli.checks import check_models, check_what_is_there, known_policy
+from distrl.cli.train import write_pretrain
+from distrl.config import Config, ConfigError
+from distrl.data.errors import DataError
+from distrl.data.tokenizer import load_tokenizer
+from distrl.learn.pretrain import Examples
+from distrl.models import ScalarModel, load_policy
+from distrl.models.load import ModelError
+
+
+@pytest.fixture(autouse=True)
+def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in ("sft.run_sft", "reward_model.run_reward_model"):
+        monkeypatch.setattr(f"distrl.learn.{stage}", lambda *_: pytest.fail("a stage was begun"))
+
+
+@pytest.fixture
+def recipe(tiny_policy: Path, tmp_path: Path) -> dict[str, Any]:
+    """SFT from the tiny policy, rewards by a rule."""
+    return {
+        "run": {"name": "r", "root": str(tmp_path / "runs")},
+        "model": {"path": str(tiny_policy)},
+        "score": {"parts": [{"name": "rule", "function": "builtins:len"}]},
+        "learn": {"value": {"start": "policy"}},
+    }
+
+
+def refused(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `train` and `train --dry-run` say, which is the same; no stage is begun."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    said = []
+    for more in ([], ["--dry-run"]):
+        assert main(["train", "--config", str(path), *more]) in (1, 2)
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    return said[0]
+
+
+@pytest.fixture
+def other_reward_model(tiny_policy: Path, tmp_path: Path) -> Path:
+    """A reward model whose tokenizer knows a word more."""
+    tokenizer = load_tokenizer(tiny_policy)
+    model = ScalarModel.from_policy(load_policy(tiny_policy))
+    tokenizer.add_tokens(["another"])
+    model.save(tmp_path / "other", tokenizer, {})
+    return tmp_path / "other"
+
+
+def test_a_recipe_that_works_passes(recipe: dict[str, Any], tiny_policy: Path) -> None:
+    config = Config.model_validate(recipe)
+    check_what_is_there(config)
+    assert known_policy(config) == tiny_policy
+    assert known_policy(Config()) is None
+
+
+def test_lora_targets(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe["learn"]["lora"] = {"rank": 2, "targets": ["query"]}
+    assert "no layer of the policy is called 'query'; it has" in refused(recipe, tmp_path, capsys)
+
+
+def test_the_critic_s_tokenizer(
+    recipe: dict[str, Any],
+    other_reward_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe["score"] = {"parts": [{"name": "other", "model": str(other_reward_model)}]}
+    check_what_is_there(Config.model_validate(recipe))
+    recipe["learn"] = {"value": {"start": "reward_model"}}
+    said = refused(recipe, tmp_path, capsys)
+    assert "has another tokenizer" in said and "learn.value.start=policy" in said
+
+
+def test_a_critic_without_a_reward_model_to_start_from(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe["learn"] = {}
+    assert "names no reward model for the critic" in refused(recipe, tmp_path, capsys)
+
+
+def test_folders_without_a_reward_model(
+    recipe: dict[str, Any],
+    tiny_policy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rewards = recipe["score"]["parts"]
+    rewards.append({"name": "taste", "model": str(tmp_path / "runs/R/reward-model/model")})
+    said = refused(recipe, tmp_path, capsys)
+    assert "score.parts, 'taste': no model folder" in said
+    assert f"This run's own would be {tmp_path / 'runs/r/reward-model/model'}" in said
+    rewards[-1]["model"] = str(tiny_policy)
+    said = refused(recipe, tmp_path, capsys)
+    assert "holds no reward model, as it has no head.safetensors and no distrl.json" in said
+    assert "distrl reward-model" in said
+    rewards[-1]["model"] = str(tmp_path / "runs/r/reward-model/model")
+    check_what_is_there(Config.model_validate(recipe))
+
+
+def rows_at(path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
+    """A data section for these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": str(path), "validation": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        ({"prompt": "p"}, "rows.jsonl:1: no column 'response'"),
+        ({"prompt": "p", "response": ""}, "rows.jsonl:1: column 'response' is empty"),
+    ],
+)
+def test_no_text_for_ppo_ptx(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    row: dict[str, Any],
+    cause: str,
+) -> None:
+    recipe["data"] = rows_at(tmp_path / "rows.jsonl", row)
+    recipe["sft"] = {"epochs": 0}
+    recipe["learn"]["pretrain"] = {"coef": 0.5}
+    said = refused(recipe, tmp_path, capsys)
+    assert "learn.pretrain.coef=0.5" in said and cause in said
+    assert "data.response_column, or set learn.pretrain.coef=0" in said
+
+
+def test_what_ppo_ptx_reads_is_written(
+    recipe: dict[str, Any], tiny_policy: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "p", "response": "z" * count} for count in (1, 2, 3, 90)]
+    recipe |= {"data": rows_at(tmp_path / "rows.jsonl", *rows), "sft": {"max_tokens": 10}}
+    recipe["learn"]["pretrain"] = {"coef": 0.5}
+    write_pretrain(Config.model_validate(recipe), tiny_policy, tmp_path / "pretrain")
+    written = Examples.load(tmp_path / "pretrain").ids
+    tokenizer = load_tokenizer(tiny_policy)
+    texts = sorted((str(tokenizer.decode(ids)) for ids in written), key=len)
+    bos, eos = "<bos>", "<eos>"
+    assert texts[:3] == [f"{bos}p{'z' * count}{eos}" for count in (1, 2, 3)]
+    assert max(map(len, written)) == 10 and eos not in texts[3]
+
+
+def test_what_ppo_ptx_cannot_use_is_told_with_the_fix(
+    recipe: dict[str, Any], tiny_policy: Path, tmp_path: Path
+) -> None:
+    recipe |= {"data": rows_at(tmp_path / "rows.jsonl", {"prompt": "p"})}
+    recipe["learn"]["pretrain"] = {"coef": 0.5}
+    with pytest.raises(DataError, match=r"learn\.pretrain\.coef=0\.5 .*pretrain\.coef=0$"):
+        write_pretrain(Config.model_validate(recipe), tiny_policy, tmp_path / "pretrain")
+    recipe |= {"data": rows_at(tmp_path / "rows.jsonl", {"prompt": "p" * 20, "response": "z"})}
+    recipe["sft"] = {"max_tokens": 8}
+    with pytest.raises(ConfigError, match=r"learn\.pretrain\.coef=0\.5 .*sft\.max_tokens=8; raise"):
+        write_pretrain(Config.model_validate(recipe), tiny_policy, tmp_path / "pretrain")
+
+
+def test_what_the_learner_would_find_too_late_is_told_before(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(tiny_policy)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path)
+    check_models(Config(), tiny_policy, tiny_policy)
+    with pytest.raises(ConfigError, match=r"another tokenizer .* learn\.value\.start=policy"):
+        check_models(Config(), tiny_policy, tmp_path)
+    alone = Config.model_validate({"learn": {"value": {"start": "policy"}}})
+    check_models(alone, tiny_policy, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"learn\.compile=true: this needs a C\+\+ compiler"):
+        check_models(Config.model_validate({"learn": {"compile": True}}), tiny_policy, None)
+    lora = {"learn": {"lora": {"rank": 2, "targets": ["query"]}}}
+    with pytest.raises(ModelError, match="called 'query'"):
+        check_models(Config.model_validate(lora), tiny_policy, tiny_policy)
