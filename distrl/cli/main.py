@@ -8,6 +8,7 @@ import sys
 
 from distrl import __version__
 from distrl.config import ConfigError
+from distrl.disk import full
 from distrl.learn.allocator import keep_freed_memory
 
 COMMANDS = {
@@ -49,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     except known_errors() as error:
         print(f"distrl {command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if not full(error):
+            raise
+        again = "free some space and give the same command again ('train' with --resume)"
+        print(f"distrl {command}: {error}; {again}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\ndistrl {command}: interrupted", file=sys.stderr)
         return 130
@@ -59,11 +66,16 @@ def known_errors() -> tuple[type[Exception], ...]:
     from distrl.actors.cluster import PlacementError
     from distrl.checkpoint import CheckpointError, RunDirError
     from distrl.data.errors import DataError
+    from distrl.disk import NotWritten
     from distrl.driver.errors import DriverError
+    from distrl.evaluate.judge import JudgeFailed
     from distrl.learn.loop import TrainingFailed
     from distrl.learn.record import BadRecording
+    from distrl.learn.state import StateMismatch
+    from distrl.metrics import MetricsError
     from distrl.models.load import ModelError
     from distrl.roles import LearnerFailed, RoleError
+    from distrl.sync.memory import NonFiniteWeights
 
     return (
         ConfigError,
@@ -72,6 +84,11 @@ def known_errors() -> tuple[type[Exception], ...]:
         TrainingFailed,
         BadRecording,
         PlacementError,
+        NotWritten,
+        MetricsError,
+        JudgeFailed,
+        StateMismatch,
+        NonFiniteWeights,
         RunDirError,
         CheckpointError,
         DriverError,

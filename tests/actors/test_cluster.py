@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from distrl.actors.cluster import (
     Demand,
@@ -90,6 +91,31 @@ def test_a_cluster_that_is_not_there() -> None:
             connected(config(cluster={"address": address})),
         ):
             pytest.fail("joined nothing")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AuthenticationError("Authentication token is missing or incorrect."),
+        ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6379"),
+    ],
+)
+def test_a_cluster_that_asks_for_another_token(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray raises the one where this machine has no token, the other where it is a wrong one."""
+
+    def refused(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refused)
+    with (
+        pytest.raises(PlacementError, match=r"cluster\.address='auto'") as told,
+        connected(config(cluster={"address": "auto"})),
+    ):
+        pytest.fail("joined nothing")
+    said = str(told.value)
+    assert str(error)[:30] in said and "RAY_AUTH_MODE=token" in said and "~/.ray/auth_token" in said
 
 
 def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from distrl.actors.cluster import PlacementError
 from distrl.checkpoint import CheckpointError
 from distrl.cli import main
 from distrl.cli.main import known_errors
+from distrl.disk import NotWritten
 from distrl.driver.errors import Stalled
+from distrl.evaluate import JudgeFailed
+from distrl.learn.state import StateMismatch
+from distrl.metrics import MetricsError
 from distrl.roles import LearnerFailed, WorkerDied
+from distrl.sync.memory import NonFiniteWeights
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -20,7 +27,19 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [PlacementError, CheckpointError, Stalled, LearnerFailed, WorkerDied]
+    "error",
+    [
+        PlacementError,
+        CheckpointError,
+        Stalled,
+        LearnerFailed,
+        WorkerDied,
+        NotWritten,
+        MetricsError,
+        JudgeFailed,
+        StateMismatch,
+        NonFiniteWeights,
+    ],
 )
 def test_a_known_error_is_one_message(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -33,6 +52,22 @@ def test_a_known_error_is_one_message(
 def test_an_unknown_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_a_full_disk_is_one_message_wherever_it_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/data/file"))
+    assert main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device: '/data/file'" in said
+    assert "free some space" in said and "--resume" in said
+
+
+def test_another_trouble_with_files_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, FileNotFoundError(errno.ENOENT, "a bug"))
+    with pytest.raises(FileNotFoundError):
         main(["train"])
 
 
