@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 
 from distrl import __version__
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distrl {__version__}")
         return 0
     command = words[0]
+    find_own_modules()
     if command not in COMMANDS:
         print(f"distrl: no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -59,6 +61,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ndistrl {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def find_own_modules() -> None:
+    """Let `module:function` be a file in the working directory, as under `python -m distrl.cli`:
+    the console script's import path begins with the script's own folder. Ray adds the working
+    directory to its workers' paths likewise. As with -m, PYTHONSAFEPATH keeps it out."""
+    here = os.getcwd()
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.insert(0, here)
 
 
 def known_errors() -> tuple[type[Exception], ...]:

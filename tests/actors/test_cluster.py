@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,26 @@ def test_what_others_hold_is_told(local_ray: Config) -> None:
 def test_too_much_is_refused_at_once(local_ray: Config) -> None:
     with pytest.raises(PlacementError, match="no machine of the cluster can hold a generator"):
         place([LEARNER, GENERATORS], 60)
+
+
+FINDS_ITS_FUNCTION = """
+import ray
+from distrl.actors.cluster import connected
+from distrl.config import Config, resolve
+
+@ray.remote(num_cpus=0)
+def reward():
+    return resolve("my_rewards:brevity", "reward")()
+
+with connected(Config()):
+    print("found", ray.get(reward.remote()))
+"""
+
+
+@pytest.mark.slow
+def test_actors_find_functions_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text("def brevity():\n    return 17\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", FINDS_ITS_FUNCTION], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.stdout == "found 17\n", ended.stderr

@@ -97,8 +97,9 @@ def test_only_flags_that_a_command_honours_are_listed_and_taken(
 
 
 def test_a_demo_cannot_go_on_and_begin_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("distrl.cli.demo.prepare_stages", lambda *_, **__: pytest.fail("it began"))
     assert main(["demo", "--resume", "--fresh", "--run.root", str(tmp_path)]) == 1
     assert "resume and fresh exclude each other" in capsys.readouterr().err
 

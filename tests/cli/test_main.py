@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from distrl.actors.cluster import PlacementError
 from distrl.checkpoint import CheckpointError
 from distrl.cli import main
-from distrl.cli.main import known_errors
+from distrl.cli.main import find_own_modules, known_errors
 from distrl.disk import NotWritten
 from distrl.driver.errors import Stalled
 from distrl.evaluate import JudgeFailed
@@ -69,6 +73,41 @@ def test_another_trouble_with_files_keeps_its_traceback(monkeypatch: pytest.Monk
     failing(monkeypatch, FileNotFoundError(errno.ENOENT, "a bug"))
     with pytest.raises(FileNotFoundError):
         main(["train"])
+
+
+def test_functions_in_the_working_directory_are_found(tmp_path: Path) -> None:
+    """By the console script as it is installed, whose import path begins with its own folder."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(*, prompt, response, meta):\n    return -float(len(response))\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "score: {parts: [{name: short, function: 'my_rewards:brevity'}]}\n"
+        "learn: {value: {start: policy}}\n"
+    )
+    command = [Path(sys.executable).with_name("distrl"), "train", "--dry-run"]
+    ended = subprocess.run(
+        [*command, "--config", "mine.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "slots (groups under way, at most)" in ended.stdout
+
+
+def test_the_import_path_is_as_under_python_m(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there, expected in {
+        ("/bin", "/lib"): [str(tmp_path), "/bin", "/lib"],
+        ("/lib", str(tmp_path)): ["/lib", str(tmp_path)],
+        ("", "/lib"): ["", "/lib"],
+    }.items():
+        monkeypatch.setattr(sys, "path", list(there))
+        find_own_modules()
+        assert sys.path == expected
+    monkeypatch.setattr(sys, "path", ["/lib"])
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(safe_path=True))
+    find_own_modules()
+    assert sys.path == ["/lib"]
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
