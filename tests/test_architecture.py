@@ -14,12 +14,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "distrl"
 
-BASE = {"records", "config"}
+BASE = {"records", "config", "disk"}
 ALGORITHMS = BASE | {"roles", "algo", "data", "models"}
 ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "records": set(),
     "config": set(),
+    "disk": set(),
     "algo": set(),
     "roles": {"records"},
     "metrics": BASE,
@@ -38,7 +39,7 @@ ROOMS["actors"] = set(ROOMS) - {"sim"}
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
 
-TORCH_FREE = {"records", "config", "roles", "metrics", "checkpoint", "driver", "sim"}
+TORCH_FREE = {"records", "config", "disk", "roles", "metrics", "checkpoint", "driver", "sim"}
 LIBRARIES: dict[str, set[str]] = {
     "torch": set(ROOMS) - TORCH_FREE,
     "wandb": {"metrics"},

@@ -14,6 +14,7 @@ import pytest
 from distrl.checkpoint import CheckpointError, Checkpoints, RunDir, RunDirError
 from distrl.checkpoint import store as store_module
 from distrl.config import Config, dump_yaml
+from distrl.disk import NotWritten
 
 
 def write(store: Checkpoints, step: int) -> Path:
@@ -164,14 +165,18 @@ def test_a_crash_in_the_first_commit_is_a_run_without_checkpoints(store):
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "rename"])
 def test_a_full_disk_leaves_the_last_one_whole(store, monkeypatch, call):
+    """And says what could not be written, where, and the way on."""
     write(store, 10)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(NotWritten, match="No space") as told:
         patch.setattr(os, call, full)
         write(store, 20)
+    said = str(told.value)
+    assert f"the checkpoint of step 20 could not be written to {store.folder}" in said
+    assert "it needs about 0.0 MiB" in said and "MiB are free" in said and "--resume" in said
     assert found(store) == 10
     write(store, 20)
     assert found(store) == 20
@@ -184,6 +189,25 @@ def test_too_little_space_is_known_before_anything_is_written(store, monkeypatch
     with pytest.raises(CheckpointError, match=r"MiB free; free some"):
         store.begin(20)
     assert [p.name for p in store.folder.iterdir()] == ["step_000010"]
+
+
+def test_space_for_the_first_one_is_looked_for_too(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path / "checkpoints", first_bytes=3 * 2**20)
+    store.check_space()
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    for check in (store.check_space, lambda: store.begin(1)):
+        with pytest.raises(CheckpointError, match=r"about 3\.0 MiB and .* has 1\.0 MiB free"):
+            check()
+
+
+def test_a_bug_is_no_full_disk(store, monkeypatch):
+    def bug(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError, match="a bug") as told:
+        patch.setattr(os, "fsync", bug)
+        write(store, 10)
+    assert not isinstance(told.value, NotWritten)
 
 
 # --- damage --------------------------------------------------------------------------------
@@ -345,3 +369,16 @@ def test_two_processes_cannot_drive_one_run(tmp_path):
     holder.kill()  # the kernel frees the lock of a process that was killed
     holder.communicate()
     RunDir(tmp_path).create("{}").close()
+
+
+def test_a_place_where_no_folder_can_be_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match=r"file is no folder; choose another run\.root"):
+        RunDir(tmp_path / "file" / "run").create("")
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(NotWritten, match=r"run directory .*Read-only.*choose another run\.root"):
+        RunDir(tmp_path / "run").create("")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from distrl.disk import NotWritten
 from distrl.metrics import (
     METRICS,
     ConsoleSink,
@@ -113,6 +114,36 @@ def test_a_half_written_last_line_is_dropped(tmp_path, torn):
     assert steps_in(path) == [1, 2, 3]
     write_steps(path, range(4, 5))  # opening it again does not glue two lines together
     assert steps_in(path) == [1, 2, 3, 4]
+
+
+def full():
+    """A file on a disk without room."""
+    return io.TextIOWrapper(io.BufferedWriter(io.FileIO("/dev/full", "w")))
+
+
+def test_a_full_disk_is_told_and_the_rows_before_are_there(tmp_path, monkeypatch):
+    closed = []
+
+    class Last(NullSink):
+        def close(self):
+            closed.append(self)
+
+    path = tmp_path / "metrics.jsonl"
+    sink = JSONLSink(path)
+    sink.log(1, {"reward/mean": 1.0})
+    sink._file.close()
+    sink._file = full()
+    with pytest.raises(NotWritten, match="the metrics of step 2 could not be written") as told:
+        sink.log(2, {"reward/mean": 2.0})
+    assert all(part in str(told.value) for part in (str(path), "No space left", "--resume"))
+    with pytest.raises(NotWritten, match="the last metrics"):
+        MultiSink(sink, Last()).close()
+    assert closed, "the other sinks are closed all the same"
+    assert [row["step"] for row in read_jsonl(path)] == [1]
+
+    monkeypatch.setattr(Path, "open", lambda *_, **__: full())
+    with pytest.raises(NotWritten, match="the table of step 2"):
+        sink.table(2, "rollouts", ["prompt"], [["x"]])
 
 
 def test_damage_that_a_crash_does_not_explain_is_an_error_and_stays(tmp_path):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterable
@@ -45,13 +50,61 @@ def test_cpu_extra_is_what_the_vllm_wheel_asks_for() -> None:
     assert not ours - theirs, "the extra `cpu` asks for these, the wheel does not"
 
 
+def torch_pins(lines: Iterable[str]) -> set[str]:
+    """Requirements of torch, word for word."""
+    return {str(r) for r in map(Requirement, lines) if r.name == "torch"}
+
+
 def test_torch_is_the_one_that_the_vllm_wheel_was_built_for() -> None:
-    pins = [r for r in map(Requirement, wheel_requirements()) if r.name == "torch"]
-    here = [r for r in pins if r.marker is None or r.marker.evaluate({"extra": ""})]
-    ours = [
-        r for r in map(Requirement, PROJECT["optional-dependencies"]["cpu"]) if r.name == "torch"
-    ]
-    assert {str(r.specifier).split("+")[0] for r in here} == {str(r.specifier) for r in ours}
+    """To the letter, `+cpu` included: without it the default index gives a build for CUDA."""
+    assert torch_pins(PROJECT["optional-dependencies"]["cpu"]) == torch_pins(wheel_requirements())
+
+
+def test_setup_installs_the_torch_that_the_cpu_extra_asks_for() -> None:
+    made = re.search(r"^TORCH := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    pins = map(Requirement, torch_pins(PROJECT["optional-dependencies"]["cpu"]))
+    here = [f"{r.name}{r.specifier}" for r in pins if r.marker and r.marker.evaluate()]
+    assert made and here == [made[1]]
+
+
+def make_setup(folder: Path, pip: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` in `folder`, whose environment has a python that writes what it is asked to a
+    file `asked`, and then does `pip` (lines of shell)."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >>{folder}/asked\n{pip}\n')
+    python.chmod(0o755)
+    command = ["make", "setup", f"PYTHON={sys.executable}", "EXTRA=cpu", *words]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_setup_says_what_is_missing_where_there_is_no_cpu_build_of_torch(tmp_path: Path) -> None:
+    ended = make_setup(tmp_path, 'case "$*" in *torch==*) exit 1;; esac')
+    assert ended.returncode == 2
+    said = " ".join(ended.stderr.split())
+    assert "its indexes have no CPU builds of torch" in said
+    assert "PyTorch's installation page names" in said and "make setup TORCH_INDEX=URL" in said
+    asked = (tmp_path / "asked").read_text()
+    assert "torch==2.13.0+cpu" in asked and "vllm" not in asked, "it should stop at once"
+    assert not (tmp_path / ".venv" / ".distrl-setup").exists()
+
+
+def test_setup_passes_the_index_of_cpu_builds_on(tmp_path: Path) -> None:
+    assert make_setup(tmp_path, "", "TORCH_INDEX=file:///builds").returncode == 0
+    torch = [line for line in (tmp_path / "asked").read_text().splitlines() if "torch==" in line]
+    assert len(torch) == 1 and torch[0].endswith(
+        "torch==2.13.0+cpu --extra-index-url file:///builds"
+    )
+    assert (tmp_path / ".venv" / ".distrl-setup").exists()
+
+
+def test_setup_says_so_where_the_torch_is_no_cpu_build(tmp_path: Path) -> None:
+    ended = make_setup(tmp_path, 'case "$*" in *"import sys, torch"*) exit 1;; esac')
+    assert ended.returncode == 2 and "is no CPU build" in ended.stderr
+    assert not (tmp_path / ".venv" / ".distrl-setup").exists()
 
 
 @pytest.mark.parametrize("line", PROJECT["dependencies"])

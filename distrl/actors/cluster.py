@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from distrl.config import Config
@@ -45,6 +46,12 @@ SESSION: dict[str, Any] = {
 
 SCRATCH = "distrl-ray-"
 """A local cluster's folder among temporary files: this, the driver's pid, something random."""
+
+TOKEN = (
+    "export RAY_AUTH_MODE=token in this shell, and have the head's ~/.ray/auth_token here, or "
+    "RAY_AUTH_TOKEN_PATH name a copy of it"
+)
+"""What lets a process into a cluster that asks for a token."""
 
 KNOCK_TIMEOUT_S = 10
 """A head node that is there answers within this time."""
@@ -126,10 +133,16 @@ def _join(address: str) -> None:
         if address != "auto":
             _knock(address)
         ray.init(address=address, **SESSION)
+    except AuthenticationError as error:
+        raise PlacementError(
+            f"the Ray cluster at cluster.address={address!r} did not let this process in: {error} "
+            f"{TOKEN} (see cluster/README.md)"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise PlacementError(
             f"no Ray cluster answers at cluster.address={address!r}: {error}. "
-            "Start one with 'ray start --head' (see cluster/README.md)"
+            f"Start one with 'ray start --head'; if it is there, it may ask for another token: "
+            f"{TOKEN} (see cluster/README.md)"
         ) from error
 
 

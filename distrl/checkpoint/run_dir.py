@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from distrl.disk import writing
+
 # What a resumed run may change: how long, where and how watched, never what is learned.
 RESUMABLE = (
     "run.root",
@@ -113,18 +115,29 @@ class RunDir:
         `close` or the end of the process.
 
         Raises RunDirError: another process has it; it has progress and neither flag was
-        given; or the configuration to resume with would learn something else.
+        given; or the configuration to resume with would learn something else. Raises NotWritten
+        where the disk is full or refuses.
         """
         if resume and fresh:
             raise RunDirError("resume and fresh exclude each other: keep the progress or not?")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        try:
-            self._prepare(config_yaml, resume, fresh)
-        except BaseException:
-            self.close()
-            raise
+        with writing("the run directory", self.path, "give the same command again"):
+            self._check_path()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self._prepare(config_yaml, resume, fresh)
+            except BaseException:
+                self.close()
+                raise
         return self
+
+    def _check_path(self) -> None:
+        """Raise RunDirError where a file stands in the way of the folder."""
+        there = next(
+            place for place in (self.path, *self.path.absolute().parents) if place.exists()
+        )
+        if not there.is_dir():
+            raise RunDirError(f"{there} is no folder; choose another run.root or --run.name")
 
     def has_progress(self) -> bool:
         """Whether a run has left steps, checkpoints or a policy here."""

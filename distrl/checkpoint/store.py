@@ -23,10 +23,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from distrl.disk import writing
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +64,24 @@ class Checkpoints:
     write that was never committed. All calls block: use a thread from asyncio.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, first_bytes: int = 0) -> None:
+        """first_bytes: what the first one takes at least, where that is known."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self._first_bytes = folder, keep, first_bytes
         self._torn: set[int] = set()
 
     def begin(self, step: int) -> Path:
         """An empty folder to write step `step` into.
 
-        Raises CheckpointError where the disk has not the room of the last checkpoint, or
-        where `step` is committed already.
+        Raises CheckpointError where the disk has not the room (`check_space`), or where `step`
+        is committed already, and NotWritten where the disk refuses.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.clean()
-        self._check_space()
+        with self._writing(step):
+            return self._begin(step)
+
+    def _begin(self, step: int) -> Path:
+        self.check_space()
         final = self._path(step)
         if final.exists():
             try:
@@ -94,7 +99,13 @@ class Checkpoints:
 
         Args:
             state: small JSON values kept in the manifest (cursor, version, W&B id, …).
+
+        Raises NotWritten where the disk is full or refuses: the newest one is then what it was.
         """
+        with self._writing(step):
+            return self._commit(step, state)
+
+    def _commit(self, step: int, state: Mapping[str, Any]) -> Path:
         temporary, final = self._temporary(step), self._path(step)
         manifest = _write_manifest(temporary, step, state)
         _fsync_tree(temporary)
@@ -185,19 +196,30 @@ class Checkpoints:
         for old in useless + good[: -self.keep]:
             _remove(self._path(old))
 
-    def _check_space(self) -> None:
-        """The last checkpoint's size, and a tenth, has to be free."""
-        committed = self.committed()
-        if not committed:
-            return
-        last = self._path(committed[-1])
-        needed = int(1.1 * sum(f.stat().st_size for f in last.rglob("*") if f.is_file()))
+    def check_space(self) -> None:
+        """The last checkpoint's size, and a tenth, has to be free, or `first_bytes`; what crashes
+        left is removed before. Raises CheckpointError. Only the process that writes may call it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.clean()
+        needed = self._needed()
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
                 f"a checkpoint needs about {needed / 2**20:,.1f} MiB and {self.folder} has "
                 f"{free / 2**20:,.1f} MiB free; free some, or put run.root on a larger disk"
             )
+
+    def _needed(self) -> int:
+        """Bytes of the next checkpoint, about; 0 where nothing is known of it."""
+        committed = self.committed()
+        if not committed:
+            return self._first_bytes
+        last = self._path(committed[-1])
+        return int(1.1 * sum(f.stat().st_size for f in last.rglob("*") if f.is_file()))
+
+    def _writing(self, step: int) -> AbstractContextManager[None]:
+        then = "go on with --resume: the checkpoints before it are whole"
+        return writing(f"the checkpoint of step {step}", self.folder, then, self._needed())
 
     def _steps(self) -> list[int]:
         names = (_STEP.fullmatch(p.name) for p in self.folder.glob("step_*") if p.is_dir())

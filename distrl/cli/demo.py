@@ -40,8 +40,8 @@ def _finished(config: Config, directory: RunDir) -> bool:
 
 def _going_on(options: Options) -> Options:
     """A demo that was stopped goes on by itself."""
-    resume = RunDir(options.config.run.dir).has_progress() and not options.fresh
-    return dataclasses.replace(options, resume=resume)
+    there = RunDir(options.config.run.dir).has_progress() and not options.fresh
+    return dataclasses.replace(options, resume=options.resume or there)
 
 
 def _next(config: Config, seconds: float) -> str:

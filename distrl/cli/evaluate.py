@@ -19,6 +19,7 @@ from distrl.config import Config, ConfigError
 from distrl.data.order import permutation
 from distrl.data.sources import PromptRow, load_prompts
 from distrl.data.tokenizer import load_tokenizer
+from distrl.disk import writing
 from distrl.evaluate import Comparison, compare, evaluate_policy, resolve_judge
 from distrl.evaluate.report import NothingToPlot, plot_reward_vs_kl, print_report, write_json
 from distrl.generate.engine import EngineSpec
@@ -57,11 +58,12 @@ def evaluate(config: Config) -> Comparison:
         with output_to(directory.logs / "evaluator.log"):
             comparison = asyncio.run(_compare(config, before, after, prompts))
     print_report(comparison, config.evaluate.samples_shown)
-    if config.evaluate.policy is not None:
-        write_json(comparison, directory.path / f"evaluation_{name}.json")
-        return comparison
-    write_json(comparison, directory.path / "evaluation.json")
-    plot(directory, comparison)
+    with writing("the evaluation", directory.path, "evaluate again"):
+        if config.evaluate.policy is not None:
+            write_json(comparison, directory.path / f"evaluation_{name}.json")
+            return comparison
+        write_json(comparison, directory.path / "evaluation.json")
+        plot(directory, comparison)
     return comparison
 
 

@@ -25,9 +25,19 @@ FLAGS = {
     + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))),
     "--config FILE.yaml": "your own settings, by section; they go over the preset's",
     "--dry-run": "print the resolved settings and what would be placed where, and stop",
+}
+
+RUN_FLAGS = {
     "--resume": "go on with the run that is in the run directory",
     "--fresh": "do it anew, deleting what this command left in the run directory",
 }
+HONOURED = {
+    "demo": ("--resume", "--fresh"),
+    "train": ("--resume", "--fresh"),
+    "sft": ("--fresh",),
+    "reward-model": ("--fresh",),
+}
+"""Commands that take some of RUN_FLAGS; the others take none."""
 
 
 def usage(command: str) -> str:
@@ -42,7 +52,8 @@ def print_help(command: str, about: str) -> None:
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(f"{usage(command)}\n\n{about[0].upper()}{about[1:]}.\n")
-    console.print(_table((name, "", text) for name, text in FLAGS.items()))
+    flags = FLAGS | {name: RUN_FLAGS[name] for name in HONOURED.get(command, ())}
+    console.print(_table((name, "", text) for name, text in flags.items()))
     for section, model in sections():
         console.print(f"\n{section}", style="bold", end="")
         console.print(f": {(model.__doc__ or '').splitlines()[0]}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 
 from distrl import __version__
 from distrl.config import ConfigError
+from distrl.disk import full
 from distrl.learn.allocator import keep_freed_memory
 
 COMMANDS = {
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distrl {__version__}")
         return 0
     command = words[0]
+    find_own_modules()
     if command not in COMMANDS:
         print(f"distrl: no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -49,9 +52,24 @@ def main(argv: list[str] | None = None) -> int:
     except known_errors() as error:
         print(f"distrl {command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if not full(error):
+            raise
+        again = "free some space and give the same command again ('train' with --resume)"
+        print(f"distrl {command}: {error}; {again}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\ndistrl {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def find_own_modules() -> None:
+    """Let `module:function` be a file in the working directory, as under `python -m distrl.cli`:
+    the console script's import path begins with the script's own folder. Ray adds the working
+    directory to its workers' paths likewise. As with -m, PYTHONSAFEPATH keeps it out."""
+    here = os.getcwd()
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.insert(0, here)
 
 
 def known_errors() -> tuple[type[Exception], ...]:
@@ -59,11 +77,16 @@ def known_errors() -> tuple[type[Exception], ...]:
     from distrl.actors.cluster import PlacementError
     from distrl.checkpoint import CheckpointError, RunDirError
     from distrl.data.errors import DataError
+    from distrl.disk import NotWritten
     from distrl.driver.errors import DriverError
+    from distrl.evaluate.judge import JudgeFailed
     from distrl.learn.loop import TrainingFailed
     from distrl.learn.record import BadRecording
+    from distrl.learn.state import StateMismatch
+    from distrl.metrics import MetricsError
     from distrl.models.load import ModelError
     from distrl.roles import LearnerFailed, RoleError
+    from distrl.sync.memory import NonFiniteWeights
 
     return (
         ConfigError,
@@ -72,6 +95,11 @@ def known_errors() -> tuple[type[Exception], ...]:
         TrainingFailed,
         BadRecording,
         PlacementError,
+        NotWritten,
+        MetricsError,
+        JudgeFailed,
+        StateMismatch,
+        NonFiniteWeights,
         RunDirError,
         CheckpointError,
         DriverError,

@@ -18,7 +18,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from distrl.cli.help import did_you_mean, print_help
+from distrl.cli.help import HONOURED, RUN_FLAGS, did_you_mean, print_help
 from distrl.config import Config, ConfigError, preset_path, read_yaml
 
 
@@ -68,6 +68,7 @@ def parse(
         raise SystemExit(0)
     given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
+    _check_honoured(command, flags)
     values: dict[str, Any] = dict(beneath or {})
     preset = flags["preset"] or (default_preset if flags["config"] is None else None)
     if preset:
@@ -80,6 +81,16 @@ def parse(
         resume=bool(flags["resume"]),
         fresh=bool(flags["fresh"]),
     )
+
+
+def _check_honoured(command: str, flags: dict[str, Any]) -> None:
+    """Raise ConfigError for a flag that this command would pass over."""
+    for name in RUN_FLAGS:
+        if flags[name.removeprefix("--")] is not None and name not in HONOURED.get(command, ()):
+            takers = ", ".join(other for other, names in HONOURED.items() if name in names)
+            raise ConfigError(
+                f"'distrl {command}' takes no {name}; leave it out ({name} is for: {takers})"
+            )
 
 
 def _given(argv: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from distrl.checkpoint import RunDir
 from distrl.cli.help import print_help
 from distrl.cli.options import merged, parse, validated
 from distrl.config import Config, ConfigError, read_yaml
+from distrl.disk import writing
 from distrl.driver.audit import Audit, audit
 from distrl.sim.fit import fitted
 from distrl.sim.simulate import Outcome, simulate
@@ -63,7 +64,8 @@ def run(about: str, argv: list[str]) -> int:
         config = validated(merged(base, _nested(point)))
         results.append((point, *_run(config, audited=own.audit)))
     _show(results, Console())
-    _write(own.out, results)
+    with writing("the figures", own.out, "simulate again, or name another --out"):
+        _write(own.out, results)
     return 0 if all(report is None or report.holds for _, _, report in results) else 1
 
 

@@ -112,7 +112,12 @@ def train(options: Options, directory: RunDir) -> Summary:
     check_models(config, policy, reward_model)
     if config.learn.pretrain.coef:
         write_pretrain(config, policy, directory.pretrain)
-    checkpoints = Checkpoints(directory.checkpoints, config.driver.keep_checkpoints)
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        config.driver.keep_checkpoints,
+        first_bytes=checkpoint_bytes(config, policy, reward_model),
+    )
+    checkpoints.check_space()
     newest = checkpoints.latest() if options.resume else None
     rewind_run(directory.path, newest.step if newest else 0)
     if newest is not None:
@@ -121,6 +126,20 @@ def train(options: Options, directory: RunDir) -> Summary:
         return asyncio.run(
             _train(config, directory, checkpoints, newest, source, policy, reward_model, ledger)
         )
+
+
+def checkpoint_bytes(config: Config, policy: Path, reward_model: Path | None) -> int:
+    """Bytes that a checkpoint takes at least: each weight that learns, and Adam's two moments of
+    it. 0 where adapters or moments of 8 bits make it small."""
+    learn = config.learn
+    if learn.lora.rank or learn.adam_bits == 8:
+        return 0
+    models = [policy]
+    if learn.has_critic and learn.value.trunk == "separate":
+        from_rewards = learn.value.start == "reward_model"
+        models.append((reward_model if from_rewards else None) or policy)
+    files = [file for folder in models for file in folder.glob("model*.safetensors")]
+    return 3 * sum(file.stat().st_size for file in files)
 
 
 def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) -> Ledger:

@@ -19,8 +19,8 @@ def resolve(path: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"{what} {path!r}: cannot import {module_name} ({error}); install it, or put its "
-            "folder on PYTHONPATH on every machine"
+            f"{what} {path!r}: cannot import {module_name} ({error}); install it, or put it "
+            "into the working directory or a folder on PYTHONPATH, on every machine"
         ) from error
     function = getattr(module, name, None)
     if function is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrl.config import DriverConfig
+from distrl.disk import writing
 from distrl.driver.admission import Admission
 from distrl.driver.auto import BoundController, FixedBound
 from distrl.driver.buffer import BufferClosed, Landed, OrderedBuffer
@@ -32,6 +33,8 @@ from distrl.records import StepReport, Weights
 from distrl.roles import Learner
 
 logger = logging.getLogger(__name__)
+
+RESUME = "go on with --resume: the checkpoints before it are whole"
 
 
 @dataclass(kw_only=True)
@@ -100,7 +103,8 @@ class LearnLoop:
         await self._settled()  # a committed step has its row
         self.progress.doing = f"writing the checkpoint of step {step}"
         folder = await asyncio.to_thread(self.checkpoints.begin, step)
-        await self.learner.save(folder / LEARNER_FOLDER)
+        with writing(f"the learner's part of the checkpoint of step {step}", folder, RESUME):
+            await self.learner.save(folder / LEARNER_FOLDER)
         cursor = self.buffer.cursor
         state = self.progress.state(cursor, self.buffer.ahead, self.drops())
         state |= {"ledger": self.ledger.run_id, "bound": self.control.bound}

@@ -13,6 +13,8 @@ from distrl.config import ConfigError
 
 Judge = Callable[[str], float]
 
+MEND = "mend it, or go without by --evaluate.judge None"
+
 
 class JudgeFailed(Exception):
     """A judge raised, or answered something that is not a finite number."""
@@ -48,9 +50,11 @@ def resolve_judge(path: str) -> Judge:
         try:
             value = float(function(text))  # pyright: ignore[reportArgumentType]
         except Exception as error:  # a user's function may raise anything
-            raise JudgeFailed(f"{path} raised {type(error).__name__}: {error}") from error
+            raise JudgeFailed(
+                f"evaluate.judge={path} raised {type(error).__name__}: {error}; {MEND}"
+            ) from error
         if not math.isfinite(value):
-            raise JudgeFailed(f"{path} answered {value} for {text[:80]!r}")
+            raise JudgeFailed(f"evaluate.judge={path} answered {value} for {text[:80]!r}; {MEND}")
         return value
 
     return judge

@@ -33,7 +33,7 @@ from distrl.data.sources import Comparison, load_comparisons, load_prompts
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.learn.loop import Loss, OnStep, train
 from distrl.learn.report import write_report
-from distrl.learn.reward_report import Agreement, agreement, plot_agreement
+from distrl.learn.reward_report import Agreement, agreement, draw_pairs, plot_agreement
 from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
 from distrl.models.crew import crew_for
 from distrl.models.packing import pack
@@ -84,7 +84,7 @@ def run_reward_model(
     """Train a reward model from the policy in folder `policy` on human comparisons.
 
     Writes `out/model`, `out/report.json` and `out/calibration.png`. Raises ModelError,
-    TrainingFailed, ValueError where the held-out rows give no pair, or what the data room
+    TrainingFailed, DataError where the held-out rows give no pair, or what the data room
     raises for rows that it cannot read.
     """
     start = time.perf_counter()
@@ -95,6 +95,7 @@ def run_reward_model(
     pack(model.body)
     groups, cut, alike = read_groups(config, "train", tokenizer)
     held_out, cut_held_out, alike_held_out = read_groups(config, "validation", tokenizer)
+    draw_pairs(*_rated(held_out), seed)  # an error before the training, not after it
     with crew_for(next(model.parameters()).device) as crew:
         trained = train(
             model,
@@ -256,9 +257,13 @@ def judge(model: ScalarModel, groups: Sequence[Group], seed: int) -> Agreement:
     """How well the model orders held-out responses: each is scored once, and any two responses
     to the same prompt are a pair, whatever group they came in."""
     rows = [ids for group in groups for ids in group.ids]
+    return agreement(score_rows(model, rows), *_rated(groups), seed)
+
+
+def _rated(groups: Sequence[Group]) -> tuple[Float32s, list[str]]:
+    """ratings_N of all responses, and a name for the prompt of each."""
     prompts = [repr(group.prompt) for group in groups for _ in group.ids]
-    ratings_N = np.concatenate([group.ratings_K for group in groups])
-    return agreement(score_rows(model, rows), ratings_N, prompts, seed)
+    return np.concatenate([group.ratings_K for group in groups]), prompts
 
 
 def reference_samples(

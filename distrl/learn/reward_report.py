@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
 from distrl.algo import expected_calibration_error
+from distrl.data.errors import DataError
 from distrl.records import Float32s
 
 MARGINS = (0.0, 0.5, 1.0, 2.0)
@@ -59,7 +60,7 @@ def agreement(raw_N: Float32s, ratings_N: Float32s, prompts: Sequence[str], seed
 
     At most 20,000 pairs, drawn by seed. Pairs share responses, so the intervals resample what
     is independent: responses where there is one prompt, prompts where there are several.
-    Raises ValueError where no pair has unequal ratings.
+    Raises DataError where no pair has unequal ratings.
     """
     first, second = draw_pairs(ratings_N, prompts, seed).T
     lead = raw_N[first] - raw_N[second]
@@ -82,7 +83,8 @@ def agreement(raw_N: Float32s, ratings_N: Float32s, prompts: Sequence[str], seed
 
 
 def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
-    """[P, 2] places of two responses to one prompt with unequal ratings, in random order."""
+    """[P, 2] places of two responses to one prompt with unequal ratings, in random order. Raises
+    DataError where there are none."""
     by_prompt: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt, []).append(place)
@@ -93,7 +95,11 @@ def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
     pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
     pairs = pairs[ratings_N[pairs[:, 0]] != ratings_N[pairs[:, 1]]]
     if not len(pairs):
-        raise ValueError("no two held-out responses to one prompt are rated differently")
+        raise DataError(
+            f"no two held-out responses to one prompt are rated differently ({len(ratings_N)} "
+            f"responses to {len(by_prompt)} prompts), so a reward model cannot be judged by them: "
+            "see the ratings in data.source (data.ratings_column), or hold out more rows"
+        )
     rng = np.random.default_rng(seed)
     pairs = pairs[rng.permutation(len(pairs))[:MAX_PAIRS]]
     return rng.permuted(pairs, axis=1)

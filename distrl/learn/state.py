@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from distrl.learn.ranks import ALONE, Ranks
 
+SAME = "give the model and learn settings that the run was made with (its config.yaml)"
+
 
 class StateMismatch(ValueError):
     """A saved state does not fit the model or optimizer that should take it up."""
@@ -45,7 +47,7 @@ def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     with _Saved(path) as saved:
         if saved.names != tensors.keys():
             other = sorted(saved.names ^ tensors.keys())
-            raise StateMismatch(f"{path} holds other tensors: {other[:4]}")
+            raise StateMismatch(f"{path} holds other tensors: {other[:4]}; {SAME}")
         for name, tensor in tensors.items():
             saved.fill(name, tensor)
 
@@ -74,7 +76,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         places = {int(name.split(".", 1)[0]) for name in saved.names}
         if places and places != set(range(len(parameters))):
             raise StateMismatch(
-                f"{path} is of an optimizer with {len(places)} tensors, not {len(parameters)}"
+                f"{path} is of an optimizer with {len(places)} tensors, not {len(parameters)}; "
+                f"{SAME}"
             )
         for name in saved.names:
             place, key = name.split(".", 1)
@@ -117,7 +120,10 @@ class _Saved:
     def fill(self, name: str, tensor: Tensor) -> None:
         """Copy the rows that `tensor` holds of its whole. Raises StateMismatch."""
         if self.shape(name) != tuple(tensor.shape):
-            raise StateMismatch(f"{self._path}: {name} has shape {self.shape(name)}")
+            raise StateMismatch(
+                f"{self._path}: {name} has shape {self.shape(name)}, not {tuple(tensor.shape)}; "
+                f"{SAME}"
+            )
         if not tensor.shape:
             tensor.copy_(self._files[0][0].get_tensor(name))
             return

@@ -16,7 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distrl.disk import writing
 from distrl.metrics.sinks import Cell, Value
+
+RESUME = "go on with --resume, from the newest checkpoint"
+REPAIR = "put a whole copy back, or start the run anew with --fresh"
 
 
 class MetricsError(Exception):
@@ -29,34 +33,40 @@ class JSONLSink:
     Each line is flushed, so a killed process loses nothing that was logged. A row is
     `{"step": k, "time": seconds since 1970, name: value, …}`; NaN and infinities, which
     JSON has no word for, become null. A table's line is one row of the table.
+    Raises NotWritten where the disk is full or refuses; the lines before are there.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
-        self._tables = path.parent / "tables"
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._tables = path, path.parent / "tables"
+        with writing("metrics", path, RESUME):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         row = {"step": step, "time": time.time()}
         if clash := row.keys() & values.keys():
             raise MetricsError(f"{sorted(clash)} are written by the sink; rename the metric")
-        self._file.write(_line(row | {name: _plain(value) for name, value in values.items()}))
-        self._file.flush()
+        line = _line(row | {name: _plain(value) for name, value in values.items()})
+        with writing(f"the metrics of step {step}", self._path, RESUME):
+            self._file.write(line)
+            self._file.flush()
 
     def table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
     ) -> None:
-        self._tables.mkdir(exist_ok=True)
         path = self._tables / f"{name}.jsonl"
-        _drop_torn_line(path)
-        with path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                cells = zip(columns, map(_plain, row), strict=True)
-                file.write(_line({"step": step, **dict(cells)}))
+        with writing(f"the table of step {step}", path, RESUME):
+            self._tables.mkdir(exist_ok=True)
+            _drop_torn_line(path)
+            with path.open("a", encoding="utf-8") as file:
+                for row in rows:
+                    cells = zip(columns, map(_plain, row), strict=True)
+                    file.write(_line({"step": step, **dict(cells)}))
 
     def close(self) -> None:
-        self._file.close()
+        with writing("the last metrics", self._path, RESUME):
+            self._file.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -69,9 +79,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise MetricsError(f"{path}, line {number} is not JSON: {error}") from None
+            raise MetricsError(f"{path}, line {number} is not JSON: {error}; {REPAIR}") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise MetricsError(f"{path}, line {number} has no step")
+            raise MetricsError(f"{path}, line {number} has no step; {REPAIR}")
         rows.append(row)
     return rows
 
@@ -86,7 +96,7 @@ def rewind(path: Path, last_step: int) -> int:
         return 0
     kept = [row for row in read_jsonl(path) if row["step"] <= last_step]
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with writing("metrics", path, RESUME), temporary.open("w", encoding="utf-8") as file:
         file.writelines(map(_line, kept))
         file.flush()
         os.fsync(file.fileno())

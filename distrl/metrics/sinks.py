@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Protocol, runtime_checkable
 
 Value = float | Sequence[float]
@@ -85,5 +86,7 @@ class MultiSink:
             sink.table(step, name, columns, rows)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        """Close each, in order, also where one before it fails."""
+        with ExitStack() as closing:
+            for sink in reversed(self.sinks):
+                closing.callback(sink.close)

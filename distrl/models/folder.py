@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distrl.disk import writing
+
+AGAIN = "give the same command again ('train' with --resume): what is finished is kept"
+
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
@@ -15,8 +19,13 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     Where the body raises, `folder` is left as it was. A folder cannot be renamed over one
     that holds files, so the old one steps aside first: a crash between the two renames
-    leaves it whole under `.NAME.old`.
+    leaves it whole under `.NAME.old`. Raises NotWritten where the disk is full or refuses.
     """
+    with writing("the model", Path(folder), AGAIN):
+        yield from _replacing(folder)
+
+
+def _replacing(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)

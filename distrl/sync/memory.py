@@ -223,7 +223,10 @@ def _gathered(name: str, tensor: Weight) -> torch.Tensor:
     """All of it, every number finite. A finite sum says so; another one may be too large only."""
     gathered = whole(tensor).detach()
     if not (torch.isfinite(gathered.sum()) or torch.isfinite(gathered).all()):
-        raise NonFiniteWeights(f"{name} holds a NaN or Inf; these weights are not published")
+        raise NonFiniteWeights(
+            f"{name} holds a NaN or Inf; these weights are not published. See the model that they "
+            "come from, or lower learn.lr and start anew from a whole one"
+        )
     return gathered
 
 

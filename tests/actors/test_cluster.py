@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from distrl.actors.cluster import (
     Demand,
@@ -92,6 +94,31 @@ def test_a_cluster_that_is_not_there() -> None:
             pytest.fail("joined nothing")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        AuthenticationError("Authentication token is missing or incorrect."),
+        ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6379"),
+    ],
+)
+def test_a_cluster_that_asks_for_another_token(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray raises the one where this machine has no token, the other where it is a wrong one."""
+
+    def refused(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refused)
+    with (
+        pytest.raises(PlacementError, match=r"cluster\.address='auto'") as told,
+        connected(config(cluster={"address": "auto"})),
+    ):
+        pytest.fail("joined nothing")
+    said = str(told.value)
+    assert str(error)[:30] in said and "RAY_AUTH_MODE=token" in said and "~/.ray/auth_token" in said
+
+
 def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen(["true"])
@@ -129,3 +156,26 @@ def test_what_others_hold_is_told(local_ray: Config) -> None:
 def test_too_much_is_refused_at_once(local_ray: Config) -> None:
     with pytest.raises(PlacementError, match="no machine of the cluster can hold a generator"):
         place([LEARNER, GENERATORS], 60)
+
+
+FINDS_ITS_FUNCTION = """
+import ray
+from distrl.actors.cluster import connected
+from distrl.config import Config, resolve
+
+@ray.remote(num_cpus=0)
+def reward():
+    return resolve("my_rewards:brevity", "reward")()
+
+with connected(Config()):
+    print("found", ray.get(reward.remote()))
+"""
+
+
+@pytest.mark.slow
+def test_actors_find_functions_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text("def brevity():\n    return 17\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", FINDS_ITS_FUNCTION], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.stdout == "found 17\n", ended.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from distrl.cli import main
 from distrl.cli.help import did_you_mean, sections, settings
 from distrl.cli.main import COMMANDS
+from distrl.cli.options import parse
 from distrl.config import RewardPart
 
 
@@ -65,6 +67,41 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
     assert "bai, dapo, demo, grpo, " in said
     for name, _ in settings():
         assert f"--{name}" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    {
+        "demo": {"--resume", "--fresh"},
+        "train": {"--resume", "--fresh"},
+        "sft": {"--fresh"},
+        "reward-model": {"--fresh"},
+        "evaluate": set(),
+        "simulate": set(),
+    }.items(),
+)
+def test_only_flags_that_a_command_honours_are_listed_and_taken(
+    command: str, flags: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert set(re.findall(r"^  (--resume|--fresh) ", said, re.MULTILINE)) == flags
+    for flag in ("--resume", "--fresh"):
+        if flag not in flags:
+            assert main([command, "--dry-run", flag]) == 2
+            told = capsys.readouterr().err
+            assert f"'distrl {command}' takes no {flag}; leave it out" in told and "train" in told
+        else:
+            assert parse(command, "", [flag]).config
+
+
+def test_a_demo_cannot_go_on_and_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distrl.cli.demo.prepare_stages", lambda *_, **__: pytest.fail("it began"))
+    assert main(["demo", "--resume", "--fresh", "--run.root", str(tmp_path)]) == 1
+    assert "resume and fresh exclude each other" in capsys.readouterr().err
 
 
 def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from distrl.actors.cluster import PlacementError
 from distrl.checkpoint import CheckpointError
 from distrl.cli import main
-from distrl.cli.main import known_errors
+from distrl.cli.main import find_own_modules, known_errors
+from distrl.disk import NotWritten
 from distrl.driver.errors import Stalled
+from distrl.evaluate import JudgeFailed
+from distrl.learn.state import StateMismatch
+from distrl.metrics import MetricsError
 from distrl.roles import LearnerFailed, WorkerDied
+from distrl.sync.memory import NonFiniteWeights
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -20,7 +31,19 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [PlacementError, CheckpointError, Stalled, LearnerFailed, WorkerDied]
+    "error",
+    [
+        PlacementError,
+        CheckpointError,
+        Stalled,
+        LearnerFailed,
+        WorkerDied,
+        NotWritten,
+        MetricsError,
+        JudgeFailed,
+        StateMismatch,
+        NonFiniteWeights,
+    ],
 )
 def test_a_known_error_is_one_message(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -34,6 +57,57 @@ def test_an_unknown_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
     failing(monkeypatch, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
         main(["train"])
+
+
+def test_a_full_disk_is_one_message_wherever_it_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/data/file"))
+    assert main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device: '/data/file'" in said
+    assert "free some space" in said and "--resume" in said
+
+
+def test_another_trouble_with_files_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, FileNotFoundError(errno.ENOENT, "a bug"))
+    with pytest.raises(FileNotFoundError):
+        main(["train"])
+
+
+def test_functions_in_the_working_directory_are_found(tmp_path: Path) -> None:
+    """By the console script as it is installed, whose import path begins with its own folder."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(*, prompt, response, meta):\n    return -float(len(response))\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "score: {parts: [{name: short, function: 'my_rewards:brevity'}]}\n"
+        "learn: {value: {start: policy}}\n"
+    )
+    command = [Path(sys.executable).with_name("distrl"), "train", "--dry-run"]
+    ended = subprocess.run(
+        [*command, "--config", "mine.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "slots (groups under way, at most)" in ended.stdout
+
+
+def test_the_import_path_is_as_under_python_m(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there, expected in {
+        ("/bin", "/lib"): [str(tmp_path), "/bin", "/lib"],
+        ("/lib", str(tmp_path)): ["/lib", str(tmp_path)],
+        ("", "/lib"): ["", "/lib"],
+    }.items():
+        monkeypatch.setattr(sys, "path", list(there))
+        find_own_modules()
+        assert sys.path == expected
+    monkeypatch.setattr(sys, "path", ["/lib"])
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(safe_path=True))
+    find_own_modules()
+    assert sys.path == ["/lib"]
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

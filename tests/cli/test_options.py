@@ -177,6 +177,13 @@ def test_a_wrong_file_is_refused(text: str, named: list[str], tmp_path: Path) ->
         assert part in str(refused.value)
 
 
+def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path, tmp_path / "binary"):
+        with pytest.raises(ConfigError, match=f"{path} is not a YAML file"):
+            options("--config", str(path))
+
+
 def test_every_preset_is_a_valid_recipe_with_a_name_of_its_own() -> None:
     for name in ("demo", "smollm2"):
         assert yaml.safe_load(dump_yaml(options("--preset", name).config))["run"]["name"] == name

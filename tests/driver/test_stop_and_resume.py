@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from safetensors import SafetensorError
 
 from distrl.checkpoint import Checkpoints
+from distrl.disk import NotWritten
 from distrl.driver import OutOfStep, Stalled, Start
 from distrl.sim import (
     FakeGenerator,
@@ -37,6 +39,17 @@ def parts(seed):
 
     scorer.score = picky
     return {"generators": generators, "scorers": [scorer]}
+
+
+def test_a_full_disk_ends_the_run_with_a_word(world):
+    """The learner writes its part of a checkpoint in a process of its own."""
+
+    class Full(FakeLearner):
+        async def save(self, folder):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(NotWritten, match=r"checkpoint of step 2 .*No space left.*--resume"):
+        world(learner=Full(), checkpoint_every=2).run()
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])

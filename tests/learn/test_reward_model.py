@@ -119,6 +119,20 @@ def test_the_loss_is_a_mean_over_groups_of_means_over_their_pairs(model, margin)
     torch.testing.assert_close(loss.mean, torch.stack(expected).mean())
 
 
+def test_equal_held_out_ratings_are_told_before_the_training(config, policy, source, tmp_path):
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    flat = tmp_path / "flat.jsonl"
+    flat.write_text("".join(json.dumps(row | {"ratings": [1] * 4}) + "\n" for row in rows))
+    data = config.data.model_copy(update={"validation": str(flat)})
+    with pytest.raises(DataError, match=r"rated differently .*data\.source.*ratings_column"):
+        run_reward_model(
+            config.model_copy(update={"data": data}),
+            policy,
+            tmp_path / "out",
+            lambda *_: pytest.fail("trained in vain"),
+        )
+
+
 def test_a_batch_without_a_pair_has_loss_0_in_the_graph(model):
     group = Group(prompt="", ids=random_groups((2,))[0].ids, ratings_K=np.ones(2, np.float32))
     loss = group_loss(model, [group], RewardModelConfig())

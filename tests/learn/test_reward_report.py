@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from distrl.data.errors import DataError
 from distrl.learn import reward_report
 from distrl.learn.reward_report import agreement, draw_pairs, plot_agreement, resampled_weights
 
@@ -20,7 +21,7 @@ def test_pairs_are_within_a_prompt_and_of_unequal_ratings():
     ratings_N = np.array([1, 1, 2, 5, 6, 7], np.float32)
     pairs = draw_pairs(ratings_N, ["a", "a", "a", "b", "b", "c"], 0)
     assert sorted(map(sorted, pairs.tolist())) == [[0, 2], [1, 2], [3, 4]]
-    with pytest.raises(ValueError, match="rated differently"):
+    with pytest.raises(DataError, match=r"rated differently \(4 .* 1 prompts.*data\.source"):
         draw_pairs(np.ones(4, np.float32), ["a"] * 4, 0)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl.config import ModelConfig
 from distrl.data.tokenizer import train_tokenizer
+from distrl.disk import NotWritten
 from distrl.models import load_policy, new_llama, save_policy
 from distrl.models.folder import replacing
 from distrl.models.load import ModelError
@@ -104,6 +108,20 @@ def test_replacing_keeps_the_old_folder_where_writing_fails(tmp_path):
         (new / "b").write_text("two")
     assert [p.name for p in folder.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["thing"], "something was left beside it"
+
+
+def test_a_full_disk_is_told_in_place_of_safetensors_own_words(tmp_path):
+    folder = tmp_path / "thing"
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    ):
+        said = r"the model could not be written to .*thing: No space left on"
+        with pytest.raises(NotWritten, match=said), replacing(folder):
+            raise error
+    with pytest.raises(SafetensorError, match="a bug"), replacing(folder):
+        raise SafetensorError("a bug")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_crash_left_behind_is_no_hindrance(tmp_path):
