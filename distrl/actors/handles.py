@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from distrl.actors.batching import Counter, packed
 from distrl.actors.process import node_id, remove, tail
-from distrl.actors.sending import send
+from distrl.actors.sending import deadline, send
 from distrl.learn.spec import Place
 from distrl.records import (
     GroupInfo,
@@ -174,16 +174,19 @@ class GeneratorHandle(DeskHandle):
     async def load_weights(self, weights: Weights) -> None:
         """Through memory, or sent by the learner, as the weights say.
 
-        Through memory, the image goes through the object store to another machine.
+        Through memory, the image goes through the object store to another machine. All of it is
+        under `sync.timeout_s`: raises WorkerDied where it is late.
         """
         actor = self.running()
         if weights.transport != "shm":
             await send(weights, self.learner, self._receiver(), partial(self._receive, weights))
-        elif self.node == self.learner.node:
-            await self.alive(actor.load_weights.remote(weights))
-        else:
-            image = self.learner.image(weights)
-            await self.alive(actor.relay_weights.remote(weights, image))
+            return
+        async with deadline(self.name, weights, self.sync_timeout_s):
+            if self.node == self.learner.node:
+                await self.alive(actor.load_weights.remote(weights))
+            else:
+                image = self.learner.image(weights)
+                await self.alive(actor.relay_weights.remote(weights, image))
 
     async def _receive(self, weights: Weights, offer: Offer) -> None:
         await self.alive(self.running().load_weights.remote(weights, offer))
@@ -215,6 +218,8 @@ class LearnerHandle(ActorHandle):
     """The `Learner` role over an actor, or over several that share its work: this one is rank 0,
     `others` are the rest, and each call goes to all. It is not restarted: its state is the run's.
     """
+
+    sync_timeout_s: float = 120
 
     def __init__(
         self,
@@ -252,7 +257,20 @@ class LearnerHandle(ActorHandle):
         return await self._call("learn", where, oldest, *batches)
 
     async def publish(self) -> Weights:
-        return await self._call("publish")
+        """Raises LearnerFailed where it takes longer than `sync.timeout_s`: nobody else can."""
+        limit = asyncio.timeout(self.sync_timeout_s)
+        try:
+            async with limit:
+                return await self._call("publish")
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise LearnerFailed(
+                f"{self.name}: its weights were not published within "
+                f"sync.timeout_s={self.sync_timeout_s:g}; its process may have been stopped. If a "
+                "model of this size takes longer, raise sync.timeout_s and go on with --resume\n"
+                f"{tail(self._log)}"
+            ) from None
 
     async def save(self, folder: Path) -> None:
         await self._call("save", folder)
@@ -264,9 +282,10 @@ class LearnerHandle(ActorHandle):
         await self._call("export", folder)
 
     def image(self, weights: Weights) -> Any:
-        """A reference to a version's bytes: put into the object store once, by the learner."""
+        """A reference to a version's bytes: put into the object store once, by the learner, beside
+        its step."""
         if self._image is None or self._image[0] != weights.version:
-            self._image = (weights.version, self.running().image.remote(weights))
+            self._image = (weights.version, self._beside("image", weights))
         return self._image[1]
 
     async def offer(self, weights: Weights, receiver: Receiver) -> Offer:
@@ -304,12 +323,14 @@ class LearnerHandle(ActorHandle):
             asyncio.ensure_future(rank.alive(reference))
             for rank, reference in zip(self._ranks, references, strict=True)
         ]
-        ended, pending = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
-        if pending:
-            more, pending = await asyncio.wait(pending, timeout=LAST_WORDS_S)
-            ended |= more
-        for answer in pending:
-            answer.cancel()
+        try:
+            ended, pending = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
+            if pending:
+                more, _ = await asyncio.wait(pending, timeout=LAST_WORDS_S)
+                ended |= more
+        finally:
+            for answer in answers:
+                answer.cancel()
         failures = [error for answer in ended if (error := answer.exception()) is not None]
         for error in failures:
             if isinstance(error, WorkerDied):

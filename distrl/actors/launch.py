@@ -140,13 +140,16 @@ class _Maker:
             ActorHandle(*self._rank(spec, rank, f"learner-{rank}"))
             for rank in range(1, learn.ranks)
         ]
-        return LearnerHandle(*self._rank(spec, 0, "learner"), others=others, place=place)
+        handle = LearnerHandle(*self._rank(spec, 0, "learner"), others=others, place=place)
+        handle.sync_timeout_s = self.config.sync.timeout_s
+        return handle
 
     def _rank(
         self, spec: LearnerSpec, rank: int, name: str
     ) -> tuple[str, Callable[[], Any], Path, float]:
         """What a handle needs to know of one of the learner's ranks."""
-        sends = rank == 0 and self.config.sync.transport != "shm"
+        elsewhere = self.config.sync.transport != "shm" or self.config.cluster.address is not None
+        sends = rank == 0 and elsewhere  # on one machine, an engine reads what lies there
         groups = {ASIDE: 2 * self.config.generate.workers} if sends else None
         actor = self._actor("learner", rank, LearnerActor, groups)
         width = max(1, int(self.config.learn.cpus))

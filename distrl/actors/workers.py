@@ -9,6 +9,7 @@ would otherwise count it as alive (and `exit_actor` as finished on purpose).
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import logging
 import os
@@ -121,8 +122,9 @@ class GeneratorActor:
             raise
 
     async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
-        """Take on weights whose image came from another machine."""
-        path = self.images.relay(image.data)
+        """Take on weights whose image came from another machine. The driver's deadline holds for
+        the way here and for the copy, the generator's own for the rest."""
+        path = await asyncio.to_thread(self.images.relay, image.data)
         await self.load_weights(replace(weights, locator=path))
 
     async def close(self) -> None:
@@ -190,7 +192,8 @@ class ScorerActor:
 class LearnerActor:
     """`PolicyLearner`, or one rank of it, in a process of its own; one call at a time.
 
-    `offer`, `send` and `hang_up` may run beside the others: they touch published images alone.
+    `image`, `offer`, `send` and `hang_up` may run beside the others: they touch published images
+    alone.
     """
 
     learner: PolicyLearner

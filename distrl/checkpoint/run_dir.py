@@ -39,6 +39,7 @@ RESUMABLE = (
     "learn.offload",
     "generate.workers",
     "score.workers",
+    "sync.timeout_s",
     "metrics.*",
     "cluster.*",
     "evaluate.*",

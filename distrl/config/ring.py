@@ -140,7 +140,8 @@ class SyncConfig(Section):
     timeout_s: float = Field(
         default=120,
         gt=0,
-        description="deadline of a sync on each side: to meet, to send or receive, to prove it",
+        description="deadline of a sync on each side: to publish, to meet, to send or receive, to "
+        "prove it",
     )
     canary_tolerance: float = Field(
         default=1e-3,

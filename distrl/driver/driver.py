@@ -186,6 +186,8 @@ class Driver:
                     raise error from error.__cause__
             finally:
                 self._running = False
+        else:
+            await self._learn.load()  # no step is left, but whoever exports it wants its weights
         await self._learn.save()
         await self._ledger.flush()
         return self._summary(self._clock() - began_s)

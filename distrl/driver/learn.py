@@ -72,10 +72,14 @@ class LearnLoop:
         """Dropped groups below the cursor by reason, those before a resume included."""
         return Counter(self.start.drops) + self.buffer.drops
 
-    async def open(self) -> None:
-        """Bring learner, source and generators to where the run starts."""
+    async def load(self) -> None:
+        """Bring the learner to where the run starts."""
         if self.start.checkpoint is not None:
             await self.learner.load(self.start.checkpoint / LEARNER_FOLDER)
+
+    async def open(self) -> None:
+        """Bring learner, source and generators to where the run starts."""
+        await self.load()
         self.roller.source.seek(self.start.cursor)
         weights = await self._publish()
         self.progress.doing = f"loading version {weights.version} on the generators"

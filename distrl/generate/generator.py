@@ -242,36 +242,39 @@ class VLLMGenerator:
 
         offer: of the learner, which is sending them at the same time; None: they lie in memory.
         Raises CanaryMismatch (load again, or replace this generator), or WorkerDied
-        where the transfer failed: the engine may hold half of each version then, and is
-        stopped.
+        where the transfer failed or was late: the engine may hold half of each version then,
+        and is stopped.
         """
-        async with self._updating:
-            self._proven.clear()
-            try:
-                gap = await self._load(weights, offer)
-            except WorkerDied:
-                await self.close()
-                raise
-            if not gap <= self.sync.canary_tolerance:
-                self._bad_loads += 1
-                raise CanaryMismatch(
-                    f"{self.name}: after loading version {weights.version} its log-probabilities "
-                    f"differ by {gap:.3g} nats from the learner's (allowed: "
-                    f"sync.canary_tolerance={self.sync.canary_tolerance:g})"
-                )
-            self._proven.set()
-
-    async def _load(self, weights: Weights, offer: Offer | None) -> float:
-        """Transfer, then the canary's gap in nats; all within the deadline."""
+        limit = asyncio.timeout(self.sync.timeout_s)
         try:
-            async with asyncio.timeout(self.sync.timeout_s):
-                await self._alive(self._transfer(weights, offer))
-                return await self._alive(self._canary_gap(weights))
+            async with limit, self._updating:
+                await self._load(weights, offer)
         except TimeoutError:
+            await self.close()
+            if not limit.expired():
+                raise
             raise WorkerDied(
                 f"{self.name}: version {weights.version} was not loaded within "
-                f"sync.timeout_s={self.sync.timeout_s:g}"
+                f"sync.timeout_s={self.sync.timeout_s:g}; if weights of this size take longer, "
+                "raise it"
             ) from None
+        except WorkerDied:
+            await self.close()
+            raise
+
+    async def _load(self, weights: Weights, offer: Offer | None) -> None:
+        """Transfer, then the canary. Raises CanaryMismatch; its weights stay unproven then."""
+        self._proven.clear()
+        await self._alive(self._transfer(weights, offer))
+        gap = await self._alive(self._canary_gap(weights))
+        if not gap <= self.sync.canary_tolerance:
+            self._bad_loads += 1
+            raise CanaryMismatch(
+                f"{self.name}: after loading version {weights.version} its log-probabilities "
+                f"differ by {gap:.3g} nats from the learner's (allowed: "
+                f"sync.canary_tolerance={self.sync.canary_tolerance:g})"
+            )
+        self._proven.set()
 
     async def _transfer(self, weights: Weights, offer: Offer | None = None) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import ray
 
-from distrl.actors import handles
+from distrl.actors import handles, sending
 from distrl.actors.batching import Desk
-from distrl.actors.handles import ActorHandle, GeneratorHandle, LearnerHandle
+from distrl.actors.handles import ASIDE, ActorHandle, GeneratorHandle, LearnerHandle
 from distrl.actors.process import log_to, node_id, tail
 from distrl.actors.workers import remote
 from distrl.learn.spec import Place
@@ -33,6 +33,7 @@ class Worker:
         self.queue = log.with_suffix(".queue")
         self.sockets = log.with_suffix(".sockets")
         self.started = started
+        self.stuck = log.with_suffix(".stuck")
         self.desk = Desk()
         if refuse:
             raise ValueError("cannot be made")
@@ -101,18 +102,29 @@ class Worker:
         return GroupInfo.of(rollout, 0.5), rollout
 
     async def load_weights(self, weights: Weights) -> None:
+        await self.hang_where_stuck("load")
         print(f"loaded {weights.version} from {weights.locator}", flush=True)
 
     async def relay_weights(self, weights: Weights, image: np.ndarray) -> None:
+        await self.hang_where_stuck("relay")
         print(f"relayed {weights.version}: {image.tolist()}", flush=True)
 
+    async def hang_where_stuck(self, where: str) -> None:
+        if self.stuck.exists() and self.stuck.read_text() == where:
+            await self.hang()
+
+    async def publish(self) -> Weights:
+        await self.hang_where_stuck("publish")
+        return weights(7)
+
     async def image(self, weights: Weights) -> np.ndarray:
+        await self.hang_where_stuck("image")
         print(f"image of {weights.version}", flush=True)
         return np.array([weights.version], dtype=np.uint8)
 
 
 def handle(log: Path, kind: type = ActorHandle, timeout_s: float = 60, **options: Any) -> Any:
-    actor = remote(Worker).options(num_cpus=0, max_concurrency=10)
+    actor = remote(Worker, {ASIDE: 4}).options(num_cpus=0, max_concurrency=10)
     return kind("worker-0", lambda: actor.remote(log, **options), log, timeout_s)
 
 
@@ -223,6 +235,35 @@ async def test_weights_go_by_image_to_another_machine_and_by_path_on_this_one(
     assert (tmp_path / "far").read_text().count("relayed 2: [2]") == 2
     assert (tmp_path / "learner").read_text().count("image of 2") == 1, "one image a version"
     for worker in (learner, near, far):
+        await worker.close()
+
+
+async def test_a_sync_that_hangs_ends_at_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator is given up, the learner ends the run; the setting is named."""
+    monkeypatch.setattr(sending, "LAST_WORDS_S", 0.1)
+    learner = handle(tmp_path / "learner", LearnerHandle)
+    generator = handle(tmp_path / "generator", GeneratorHandle)
+    for worker in (learner, generator):
+        await worker.start()
+    generator.learner, here = learner, generator.node
+    assert (await learner.publish()).version == 7
+    learner.sync_timeout_s = generator.sync_timeout_s = 0.5
+    late = r"worker-0: version \d was neither loaded nor given up .* raise sync.timeout_s"
+    trouble = [("generator", "load", here), ("generator", "relay", "far"), ("learner", "image", "")]
+    for version, (who, where, generator.node) in enumerate(trouble, 1):
+        (tmp_path / f"{who}.stuck").write_text(where)
+        async with asyncio.timeout(30):
+            with pytest.raises(WorkerDied, match=late):
+                await generator.load_weights(weights(version))
+    (tmp_path / "learner.stuck").write_text("publish")
+    async with asyncio.timeout(30):
+        with pytest.raises(LearnerFailed, match=r"not published within sync.timeout_s=0.5;"):
+            await learner.publish()
+    await asyncio.sleep(0.01)  # to let the cancelled ones end
+    assert len(asyncio.all_tasks()) == 1, "nobody is left waiting"
+    for worker in (learner, generator):
         await worker.close()
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from distrl.actors.sending import deadline
 from distrl.driver import FleetExhausted
 from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed
 
@@ -129,6 +130,23 @@ def test_a_load_that_kills_the_generator_restarts_it(world):
     run = world(steps=12, generators=generators).run()
     assert generators[0].restarts == 1
     assert run.trained == list(range(48))
+
+
+class OnTime(FakeGenerator):
+    """As the handle of an actor: a load that hangs ends at the driver's own deadline."""
+
+    async def load_weights(self, weights):
+        async with deadline(self.name, weights, 120):
+            await super().load_weights(weights)
+
+
+def test_a_load_that_hangs_costs_its_deadline_and_not_the_run(world):
+    """Far below the driver's patience (900 s), which would end it."""
+    hangs = OnTime("g0", faults=Faults(load={2: "hang"}))
+    run = world(generators=[hangs, gen("g1")]).run()
+    assert (hangs.restarts, run.summary.restarts) == (1, 1)
+    assert run.trained == list(range(24))
+    assert 120 < run.summary.seconds < 200
 
 
 def test_a_death_in_the_middle_of_a_load_does_not_load_twice(world):

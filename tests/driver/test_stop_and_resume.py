@@ -105,6 +105,16 @@ def test_a_run_goes_on_from_a_checkpoint_on_disk(world, tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").committed() == [8, 9]
 
 
+def test_a_run_without_steps_left_ends_with_the_weights_that_it_had(world):
+    """It was killed before its policy was exported, say."""
+    first = world(steps=3).run()
+    start = Start.from_state(first.checkpoints.states[3], first.checkpoints.folder / "step_000003")
+    second = world(steps=3, start=start).run()
+    assert (second.summary.step, second.summary.steps) == (3, 0)
+    assert second.learner.version == 3
+    assert not second.trained and not second.learner.published
+
+
 def test_stop_finishes_the_step_under_way_but_loads_no_weights(world):
     run = world(max_staleness=1, learner=FakeLearner(seconds=fixed(10.0)))
 
