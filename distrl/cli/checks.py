@@ -30,7 +30,8 @@ def check_what_is_there(config: Config) -> None:
     if reward_model is not None and is_own(config, reward_model):
         reward_model = None  # made from the policy, it has the policy's tokenizer
     check_models(config, known_policy(config), reward_model)
-    if config.learn.pretrain.coef and config.data.source != REVIEWS:
+    texts = config.learn.pretrain.source or config.data.source
+    if config.learn.pretrain.coef and texts != REVIEWS:
         pretrain_rows(config)
 
 
@@ -96,11 +97,16 @@ def check_models(config: Config, policy: Path | None, reward_model: Path | None)
 
 def pretrain_rows(config: Config) -> list[Demonstration]:
     """The rows that PPO-ptx mixes in. Raises DataError that says who asks for them."""
+    data, own = config.data, config.learn.pretrain.source
+    if own is not None:
+        plain = {"source": own, "prompt_column": "", "id_column": None}
+        plain |= {"validation": None, "limit": None}
+        data = data.model_copy(update=plain)
     try:
-        return load_demonstrations(config.data, "train")
+        return load_demonstrations(data, "train")
     except DataError as error:
         raise DataError(
-            f"learn.pretrain.coef={config.learn.pretrain.coef:g} mixes SFT text into PPO, and it "
+            f"learn.pretrain.coef={config.learn.pretrain.coef:g} mixes text into PPO, and it "
             f"cannot be read: {error}. Name its column in data.response_column, or set "
             "learn.pretrain.coef=0"
         ) from error

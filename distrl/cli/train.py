@@ -156,7 +156,7 @@ def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) ->
 
 
 def write_pretrain(config: Config, policy: Path, path: Path) -> None:
-    """The SFT examples for PPO-ptx, shuffled. Raises DataError, or ConfigError where there are
+    """The texts for PPO-ptx, shuffled. Raises DataError, or ConfigError where there are
     none, before any actor starts."""
     rows = pretrain_rows(config)
     examples, _ = encode(rows, load_tokenizer(policy), config.sft_tokens)
@@ -165,7 +165,7 @@ def write_pretrain(config: Config, policy: Path, path: Path) -> None:
         save_examples([examples[place].ids.tolist() for place in order], path)
     except ValueError as error:
         raise ConfigError(
-            f"learn.pretrain.coef={config.learn.pretrain.coef} needs SFT text to train on: "
+            f"learn.pretrain.coef={config.learn.pretrain.coef} needs text to train on: "
             f"{error} within sft.max_tokens={config.sft_tokens}; raise that, see the data section, "
             "or set it to 0"
         ) from None

@@ -213,8 +213,13 @@ class PretrainConfig(Section):
     coef: float = Field(
         default=0.0, ge=0, description="gamma, the weight of its loss a token; 0: none"
     )
+    source: str | None = Field(
+        default=None,
+        description="a .jsonl, .parquet or Hugging Face dataset folder with plain text in "
+        "data.response_column, a tenth of it held out by hash; empty: the SFT examples",
+    )
     sequences: int = Field(
-        default=8, ge=1, description="SFT examples of each optimizer step, in order and round"
+        default=8, ge=1, description="texts of each optimizer step, in order and round"
     )
 
 

@@ -155,6 +155,25 @@ def test_what_ppo_ptx_reads_is_written(
     assert max(map(len, written)) == 10 and eos not in texts[3]
 
 
+def test_ppo_ptx_reads_a_text_of_its_own(
+    recipe: dict[str, Any], tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"plain text {'z' * count}" for count in range(40)]
+    rows_at(tmp_path / "corpus.jsonl", *({"response": text} for text in texts))
+    recipe |= {"data": rows_at(tmp_path / "rows.jsonl", {"prompt": "p"}), "sft": {"epochs": 0}}
+    recipe["learn"]["pretrain"] = {"coef": 0.5, "source": str(tmp_path / "corpus.jsonl")}
+    write_pretrain(Config.model_validate(recipe), tiny_policy, tmp_path / "pretrain")
+    tokenizer = load_tokenizer(tiny_policy)
+    written = {
+        str(tokenizer.decode(ids, skip_special_tokens=True))
+        for ids in Examples.load(tmp_path / "pretrain").ids
+    }
+    assert written <= set(texts) and 30 <= len(written) < 40, "a tenth is held out"
+    recipe["learn"]["pretrain"]["source"] = str(tmp_path / "nowhere.jsonl")
+    said = refused(recipe, tmp_path, capsys)
+    assert "nowhere.jsonl" in said and "learn.pretrain.coef=0.5" in said
+
+
 def test_what_ppo_ptx_cannot_use_is_told_with_the_fix(
     recipe: dict[str, Any], tiny_policy: Path, tmp_path: Path
 ) -> None:
