@@ -1,6 +1,7 @@
 """What a run would find only after its first stages: looked at before, as far as it is there.
 
-Called by `--dry-run` and again before the first stage. Nothing is trained and no weight is read.
+`check_what_is_there` is called by `--dry-run` too, `check_rows` before the first stage alone. Nothing
+is trained, and no weight is read.
 """
 
 from __future__ import annotations
