@@ -1,7 +1,7 @@
 """What a run would find only after its first stages: looked at before, as far as it is there.
 
-`check_what_is_there` is called by `--dry-run` too, `check_rows` before the first stage alone. Nothing
-is trained, and no weight is read.
+`--dry-run` calls `check_what_is_there` too; `check_rows` is for before the first stage alone.
+Nothing is trained, and no weight is read.
 """
 
 from __future__ import annotations

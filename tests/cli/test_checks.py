@@ -236,7 +236,7 @@ def test_without_a_tokenizer_rows_are_told_as_far_as_they_go(
         check_rows(Config.model_validate({"data": {"prompt_words": (3, 1)}}))
 
 
-def test_where_sft_makes_the_tokenizer_prompts_are_measured_right_after(
+def test_where_sft_makes_the_policy_the_rest_is_looked_at_right_after(
     recipe: dict[str, Any],
     tiny_policy: Path,
     tmp_path: Path,
@@ -253,6 +253,10 @@ def test_where_sft_makes_the_tokenizer_prompts_are_measured_right_after(
     with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: the prompt has"):
         prepare_stages(config, fresh=False)
     assert known_policy(config) == config.run.dir / "sft" / "policy"
+    recipe["learn"] = {"lora": {"rank": 2, "targets": ["query"]}}
+    shutil.rmtree(config.run.dir)
+    with pytest.raises(ModelError, match="called 'query'"):
+        prepare_stages(spoilt(new_model(recipe), path, place), fresh=False)
 
 
 def test_without_a_row_to_evaluate_on_training_goes_on(
