@@ -1,24 +1,41 @@
 """What a run would find only after its first stages: looked at before, as far as it is there.
 
-Called by `--dry-run` and again before the first stage. Nothing is trained and no weight is read.
+`--dry-run` calls `check_what_is_there` too; `check_rows` is for before the first stage alone.
+Nothing is trained, and no weight is read.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from distrl.cli.stages import is_own, reward_model_folder, reward_stage, sft_stage
+from distrl.cli.stages import (
+    is_own,
+    reward_model_folder,
+    reward_stage,
+    sft_stage,
+    trains_reward_model,
+)
 from distrl.config import Config, ConfigError
-from distrl.data.errors import DataError
+from distrl.data.errors import DataError, NoRows
+from distrl.data.reviews import Split
 from distrl.data.smollm2 import resolve_model
-from distrl.data.sources import REVIEWS, Demonstration, load_demonstrations
+from distrl.data.sources import (
+    REVIEWS,
+    Demonstration,
+    check_prompts,
+    load_demonstrations,
+    load_prompts,
+)
 from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distrl.models.heads import HEAD_FILE, META_FILE
 from distrl.models.load import ModelError, checked_folder
 from distrl.models.lora import check_targets
 
+STAGE_SPLITS: tuple[Split, Split] = ("train", "validation")
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -33,6 +50,46 @@ def check_what_is_there(config: Config) -> None:
     texts = config.learn.pretrain.source or config.data.source
     if config.learn.pretrain.coef and texts != REVIEWS:
         pretrain_rows(config)
+
+
+def check_rows(config: Config, *, evaluates: bool = False) -> None:
+    """Read every row that the run will use: what is wrong with one is told now, and not after the
+    stages before it. Where the tokenizer is not there yet, what needs one is left to a second call.
+
+    Without a row for the evaluation a run goes on, with a word, unless it `evaluates` itself.
+    Raises DataError.
+    """
+    compare, prompts = _readers(config)
+    if config.sft.epochs:
+        for split in STAGE_SPLITS:
+            load_demonstrations(config.data, split)
+    if trains_reward_model(config):
+        for split in STAGE_SPLITS:
+            compare(split)
+    prompts("train")
+    try:
+        prompts("test")
+    except NoRows as error:
+        if evaluates:
+            raise
+        print(f"no prompts for 'distrl evaluate': {error}", flush=True)
+
+
+def _readers(config: Config) -> tuple[Callable[[Split], Any], Callable[[Split], Any]]:
+    """What reads a split's comparisons, and its prompts, as far as the tokenizer is there."""
+    from distrl.learn.reward_model import comparisons, read_groups
+
+    folder = known_policy(config)
+    if folder is not None:
+        tokenizer = load_tokenizer(folder)
+        return (
+            lambda split: read_groups(config, split, tokenizer),
+            lambda split: load_prompts(config.data, tokenizer, split),
+        )
+    return (
+        lambda split: comparisons(config, split),
+        lambda split: check_prompts(config.data, split),
+    )
 
 
 def known_policy(config: Config) -> Path | None:

@@ -23,7 +23,7 @@ def run(about: str, argv: list[str]) -> int:
     began = time.monotonic()
     options = _going_on(options)
     with claimed(config, resume=options.resume, fresh=options.fresh) as directory:
-        prepare_stages(config, fresh=options.fresh)
+        prepare_stages(config, fresh=options.fresh, evaluates=True)
         if _finished(config, directory):
             print(f"PPO: finished before, reusing {config.run.dir / 'policy'}", flush=True)
         elif status := report(config, train(options, directory)):

@@ -181,13 +181,14 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
 
 def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
     """Run the reward-model stage unless it is finished, or no part of the reward comes of it."""
-    if _own_reward_model(config):
+    if trains_reward_model(config):
         make_reward_model(config, fresh=fresh)
     else:
         print("Reward model: none to train, score.parts names the rewards", flush=True)
 
 
-def _own_reward_model(config: Config) -> bool:
+def trains_reward_model(config: Config) -> bool:
+    """Whether a part of the reward is the run's own reward model."""
     named = [part.model for part in config.score.parts if part.model is not None]
     return not config.score.parts or any(is_own(config, model) for model in named)
 

@@ -15,7 +15,13 @@ import numpy as np
 from distrl.actors.cluster import check_demands, connected, demands
 from distrl.actors.launch import launched
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
-from distrl.cli.checks import check_models, check_what_is_there, pretrain_rows
+from distrl.cli.checks import (
+    check_models,
+    check_rows,
+    check_what_is_there,
+    known_policy,
+    pretrain_rows,
+)
 from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
@@ -62,13 +68,19 @@ def run(about: str, argv: list[str]) -> int:
         return report(options.config, train(options, directory))
 
 
-def prepare_stages(config: Config, *, fresh: bool) -> None:
-    """The stages that PPO stands on, and every check that needs no actor."""
+def prepare_stages(config: Config, *, fresh: bool, evaluates: bool = False) -> None:
+    """The stages that PPO stands on, and every check that needs no actor; `evaluates` where an
+    evaluation follows at once."""
     check_local_gpus(config)
     check_functions(config)
     check_context(config)
+    tokenizer_is_there = known_policy(config) is not None
     check_what_is_there(config)
+    check_rows(config, evaluates=evaluates)
     ensure_sft(config, fresh=fresh)
+    if not tokenizer_is_there:
+        check_what_is_there(config)
+        check_rows(config, evaluates=evaluates)
     ensure_reward_model(config, fresh=fresh)
 
 

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class DataError(ValueError):
     """Data cannot be fetched, read or used. The message is for the person who runs distrl."""
+
+
+class NoRows(DataError):
+    """No row of a file falls into a split."""

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from distrl.config import DataConfig
-from distrl.data.errors import DataError
+from distrl.data.errors import DataError, NoRows
 from distrl.data.order import permutation
 from distrl.data.reviews import Review, Split, hash_number, load_reviews, split_of
 from distrl.data.rows import (
@@ -138,16 +138,17 @@ def load_prompts(
                 f"data.max_prompt_tokens={data.max_prompt_tokens}; raise the latter"
             )
         return rows
-    if not data.prompt_column:
-        raise DataError("data.prompt_column is empty, so there are no prompts to roll out")
-    rows = []
-    places: dict[str, str] = {}
-    for row in _file_rows(data, split):
-        if row.row_id in places:
-            raise DataError(f"{row.where}: id {row.row_id!r} is taken by {places[row.row_id]}")
-        places[row.row_id] = row.where
-        rows.append(_prompt_row(data, tokenizer, row))
-    return rows
+    return [_prompt_row(data, tokenizer, row, prompt) for row, prompt in _prompts(data, split)]
+
+
+def check_prompts(data: DataConfig, split: Split) -> None:
+    """What `load_prompts` refuses and no tokenizer is needed to see. Raises DataError."""
+    if data.source == REVIEWS:
+        _reviews(data, split)
+        _check_words(data)
+    else:
+        for _ in _prompts(data, split):
+            pass
 
 
 def _reviews(data: DataConfig, split: Split) -> list[Review]:
@@ -172,9 +173,7 @@ def _compared(reviews: list[Review]) -> Comparison:
 def _opening(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, review: Review
 ) -> PromptRow | None:
-    fewest, most = data.prompt_words
-    if not 1 <= fewest <= most:
-        raise DataError(f"data.prompt_words={data.prompt_words} should be two numbers, 1 or more")
+    fewest, most = _check_words(data)
     count = fewest + hash_number(review.text, "prompt_words") % (most - fewest + 1)
     words = review.text.split(" ")
     if len(words) <= count:
@@ -184,6 +183,25 @@ def _opening(
     if len(token_ids) > data.max_prompt_tokens:
         return None
     return PromptRow(prompt_id=review.review_id, text=text, token_ids=token_ids)
+
+
+def _check_words(data: DataConfig) -> tuple[int, int]:
+    fewest, most = data.prompt_words
+    if not 1 <= fewest <= most:
+        raise DataError(f"data.prompt_words={data.prompt_words} should be two numbers, 1 or more")
+    return fewest, most
+
+
+def _prompts(data: DataConfig, split: Split) -> Iterator[tuple[_FileRow, str | Messages]]:
+    """The rows of a file that are to be rolled out, no id twice, with their prompts."""
+    if not data.prompt_column:
+        raise DataError("data.prompt_column is empty, so there are no prompts to roll out")
+    places: dict[str, str] = {}
+    for row in _file_rows(data, split):
+        if row.row_id in places:
+            raise DataError(f"{row.where}: id {row.row_id!r} is taken by {places[row.row_id]}")
+        places[row.row_id] = row.where
+        yield row, _prompt(data, row)
 
 
 def _file_rows(data: DataConfig, split: Split) -> Iterator[_FileRow]:
@@ -199,7 +217,7 @@ def _file_rows(data: DataConfig, split: Split) -> Iterator[_FileRow]:
         if count == data.limit:
             return
     if count == 0:
-        raise DataError(
+        raise NoRows(
             f"no row of {path} falls into the {split} split, which is by hash of each row's id or "
             "prompt; give more rows, or held-out rows in data.validation"
         )
@@ -247,8 +265,9 @@ def _within(limit: int | None, groups: Iterator[Comparison]) -> Iterator[Compari
         yield group
 
 
-def _prompt_row(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: _FileRow) -> PromptRow:
-    prompt = _prompt(data, row)
+def _prompt_row(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: _FileRow, prompt: str | Messages
+) -> PromptRow:
     try:
         text, token_ids = encode_prompt(tokenizer, prompt)
     except DataError as error:

@@ -5,7 +5,8 @@
    all their pairs make one element of the batch (Ouyang et al. 2022, section 3.5), so that no
    response is seen K-1 times an epoch.
 3. Held out: accuracy by how far apart people rated a pair, and calibration.
-4. Samples of the policy itself fix gain and bias: mean 0 and deviation 1 before RL begins.
+4. Samples of the policy itself, drawn first of all, fix gain and bias: mean 0 and deviation 1
+   before RL begins.
 """
 
 from __future__ import annotations
@@ -84,18 +85,20 @@ def run_reward_model(
     """Train a reward model from the policy in folder `policy` on human comparisons.
 
     Writes `out/model`, `out/report.json` and `out/calibration.png`. Raises ModelError,
-    TrainingFailed, DataError where the held-out rows give no pair, or what the data room
-    raises for rows that it cannot read.
+    TrainingFailed, or DataError for rows that cannot be read or give no pair to hold out.
     """
     start = time.perf_counter()
     settings, seed = config.reward_model, config.run.seed
     tokenizer = load_tokenizer(policy)
     language_model = load_policy(policy, tokenizer=tokenizer)
-    model = ScalarModel.from_policy(language_model, seed).to(best_device())
-    pack(model.body)
+    cast(nn.Module, language_model).to(best_device())
     groups, cut, alike = read_groups(config, "train", tokenizer)
     held_out, cut_held_out, alike_held_out = read_groups(config, "validation", tokenizer)
-    draw_pairs(*_rated(held_out), seed)  # an error before the training, not after it
+    # All that rows can get wrong is behind before anything is trained.
+    samples = reference_samples(config, language_model, tokenizer)
+    model = ScalarModel.from_policy(language_model, seed).to(best_device())
+    del language_model
+    pack(model.body)
     with crew_for(next(model.parameters()).device) as crew:
         trained = train(
             model,
@@ -110,8 +113,6 @@ def run_reward_model(
             crew=crew,
         )
     quality = judge(model, held_out, seed)
-    cast(nn.Module, language_model).to(best_device())
-    samples = reference_samples(config, language_model, tokenizer)
     gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
     model.normalise(float(gain), float(bias))
     report = RewardReport(
@@ -137,6 +138,15 @@ def run_reward_model(
     return report
 
 
+def comparisons(config: Config, split: Split) -> list[Comparison]:
+    """The rows of a split that a reward model is trained or judged on. Raises DataError."""
+    settings = config.reward_model
+    limit = settings.max_examples if split == "train" else None
+    return load_comparisons(
+        config.data, split, group=settings.group, seed=config.run.seed, limit=limit
+    )
+
+
 def read_groups(
     config: Config, split: Split, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Group], int, int]:
@@ -144,11 +154,7 @@ def read_groups(
 
     Raises DataError for rows that cannot be read, and where the cut leaves nothing to compare.
     """
-    limit = config.reward_model.max_examples if split == "train" else None
-    rows = load_comparisons(
-        config.data, split, group=config.reward_model.group, seed=config.run.seed, limit=limit
-    )
-    encoded, cut = encode(rows, tokenizer, config.reward_model_tokens)
+    encoded, cut = encode(comparisons(config, split), tokenizer, config.reward_model_tokens)
     groups, alike = told_apart(encoded, config.reward_model_tokens)
     if not groups:
         raise DataError(
@@ -156,6 +162,9 @@ def read_groups(
             f"{split} rows before it differs from the others to its prompt, so there is nothing "
             "to learn; raise it (empty: data.max_prompt_tokens + generate.max_new_tokens)"
         )
+    if split != "train":
+        _, ratings_N, prompts = _flat(groups)
+        draw_pairs(ratings_N, prompts, config.run.seed)
     return groups, cut, alike
 
 
@@ -256,14 +265,15 @@ def score_rows(model: ScalarModel, rows: Sequence[Int32s]) -> Float32s:
 def judge(model: ScalarModel, groups: Sequence[Group], seed: int) -> Agreement:
     """How well the model orders held-out responses: each is scored once, and any two responses
     to the same prompt are a pair, whatever group they came in."""
+    rows, ratings_N, prompts = _flat(groups)
+    return agreement(score_rows(model, rows), ratings_N, prompts, seed)
+
+
+def _flat(groups: Sequence[Group]) -> tuple[list[Int32s], Float32s, list[str]]:
+    """Rows, ratings_N and prompts of all responses of all groups."""
     rows = [ids for group in groups for ids in group.ids]
-    return agreement(score_rows(model, rows), *_rated(groups), seed)
-
-
-def _rated(groups: Sequence[Group]) -> tuple[Float32s, list[str]]:
-    """ratings_N of all responses, and a name for the prompt of each."""
     prompts = [repr(group.prompt) for group in groups for _ in group.ids]
-    return np.concatenate([group.ratings_K for group in groups]), prompts
+    return rows, np.concatenate([group.ratings_K for group in groups]), prompts
 
 
 def reference_samples(

@@ -98,7 +98,8 @@ def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
         raise DataError(
             f"no two held-out responses to one prompt are rated differently ({len(ratings_N)} "
             f"responses to {len(by_prompt)} prompts), so a reward model cannot be judged by them: "
-            "see the ratings in data.source (data.ratings_column), or hold out more rows"
+            "see the ratings in data.source (data.ratings_column), or give held-out rows in "
+            "data.validation"
         )
     rng = np.random.default_rng(seed)
     pairs = pairs[rng.permutation(len(pairs))[:MAX_PAIRS]]

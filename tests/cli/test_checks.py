@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from distrl.cli import main
-from distrl.cli.checks import check_models, check_what_is_there, known_policy
-from distrl.cli.train import write_pretrain
+from distrl.cli.checks import check_models, check_rows, check_what_is_there, known_policy
+from distrl.cli.train import prepare_stages, write_pretrain
 from distrl.config import Config, ConfigError
 from distrl.data.errors import DataError
+from distrl.data.reviews import split_of
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.pretrain import Examples
 from distrl.models import ScalarModel, load_policy
@@ -185,6 +188,106 @@ def test_what_ppo_ptx_cannot_use_is_told_with_the_fix(
     recipe["sft"] = {"max_tokens": 8}
     with pytest.raises(ConfigError, match=r"learn\.pretrain\.coef=0\.5 .*sft\.max_tokens=8; raise"):
         write_pretrain(Config.model_validate(recipe), tiny_policy, tmp_path / "pretrain")
+
+
+def rated(count: int = 60) -> list[dict[str, Any]]:
+    """Rows that serve every view, of which each split gets some."""
+    answers = {"response": " yes", "responses": [" yes", " no"], "ratings": [1, 0]}
+    return [{"prompt": f"Number {i}?", **answers} for i in range(count)]
+
+
+def first_of(split: str, rows: list[dict[str, Any]]) -> int:
+    return next(place for place, row in enumerate(rows) if split_of(row["prompt"]) == split)
+
+
+def spoilt(recipe: dict[str, Any], path: Path, place: int, **columns: Any) -> Config:
+    """The recipe with rewards of its own model, on rated rows of which one is spoilt."""
+    rows = rated()
+    rows[place] |= columns
+    data = rows_at(path, *rows) | {"max_prompt_tokens": 24, "validation": None}
+    return Config.model_validate(recipe | {"data": data, "score": {}})
+
+
+@pytest.mark.parametrize(
+    ("split", "columns", "cause"),
+    [
+        ("train", {}, "the prompt has .* data.max_prompt_tokens is 24"),
+        ("test", {}, "the prompt has .* data.max_prompt_tokens is 24"),
+        ("train", {"ratings": [1]}, "1 numbers in 'ratings' for 2 responses"),
+        ("validation", {"ratings": [1, None]}, "should be a list of finite numbers"),
+        ("train", {"response": 5}, "column 'response' should be text"),
+        ("validation", {"response": ""}, "column 'response' is empty"),
+    ],
+)
+def test_a_bad_row_is_told_before_the_first_stage(
+    recipe: dict[str, Any], tmp_path: Path, split: str, columns: dict[str, Any], cause: str
+) -> None:
+    place = first_of(split, rated())
+    columns = columns or {"prompt": longer_in(split)}
+    config = spoilt(recipe, tmp_path / "rows.jsonl", place, **columns)
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: .*{cause}"):
+        prepare_stages(config, fresh=False)
+
+
+def longer_in(split: str) -> str:
+    """A prompt that is too long, of that split."""
+    return next(text for i in range(99) if split_of(text := f"{i}" + "xyz" * 30) == split)
+
+
+def new_model(recipe: dict[str, Any]) -> dict[str, Any]:
+    return recipe | {"model": {"hidden": 32, "heads": 1, "layers": 1, "vocab": 300}}
+
+
+def test_without_a_tokenizer_rows_are_told_as_far_as_they_go(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    place = first_of("test", rated())
+    path = tmp_path / "rows.jsonl"
+    config = spoilt(new_model(recipe), path, first_of("train", rated()), ratings=[1])
+    with pytest.raises(DataError, match="1 numbers in 'ratings'"):
+        prepare_stages(config, fresh=False)
+    check_rows(spoilt(new_model(recipe), path, place, prompt=longer_in("test")))
+    twice = spoilt(new_model(recipe), path, 0)
+    ids = twice.data.model_copy(update={"id_column": "response", "validation": str(path)})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: id ' yes' is taken by"):
+        check_rows(twice.model_copy(update={"data": ids}))
+    with pytest.raises(DataError, match=r"data\.prompt_words=\(3, 1\) should be two numbers"):
+        check_rows(Config.model_validate({"data": {"prompt_words": (3, 1)}}))
+
+
+def test_where_sft_makes_the_policy_the_rest_is_looked_at_right_after(
+    recipe: dict[str, Any],
+    tiny_policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sft(config: Config, out: Path, *_: Any) -> Any:
+        shutil.copytree(tiny_policy, out / "policy")
+        return SimpleNamespace(parameters=1e6, validation_loss=1.0, truncated=0, seconds=1.0)
+
+    monkeypatch.setattr("distrl.learn.sft.run_sft", sft)
+    place = first_of("test", rated())
+    path = tmp_path / "rows.jsonl"
+    config = spoilt(new_model(recipe), path, place, prompt=longer_in("test"))
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: the prompt has"):
+        prepare_stages(config, fresh=False)
+    assert known_policy(config) == config.run.dir / "sft" / "policy"
+    recipe["learn"] = {"lora": {"rank": 2, "targets": ["query"]}}
+    shutil.rmtree(config.run.dir)
+    with pytest.raises(ModelError, match="called 'query'"):
+        prepare_stages(spoilt(new_model(recipe), path, place), fresh=False)
+
+
+def test_without_a_row_to_evaluate_on_training_goes_on(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row for row in rated() if split_of(row["prompt"]) != "test"]
+    recipe["data"] = {**rows_at(tmp_path / "rows.jsonl", *rows), "validation": None}
+    config = Config.model_validate(recipe)
+    check_rows(config)
+    assert "no prompts for 'distrl evaluate': no row of" in capsys.readouterr().out
+    with pytest.raises(DataError, match="the test split"):
+        check_rows(config, evaluates=True)
 
 
 def test_what_the_learner_would_find_too_late_is_told_before(

@@ -204,6 +204,27 @@ def test_a_cut_that_leaves_nothing_to_compare_is_an_error_before_training(config
     assert (report.truncated, report.alike) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ({"max_prompt_tokens": 3}, r"the prompt has .* data\.max_prompt_tokens is 3"),
+        ({"validation": "equal"}, r"rated differently .*, so .* data\.validation"),
+    ],
+)
+def test_rows_are_found_bad_before_training(config, policy, tmp_path, spoil, message):
+    if "validation" in spoil:
+        spoil = {"validation": str(tmp_path / "equal.jsonl")}
+        row = {"prompt": "Film", "responses": [" a", " b"], "ratings": [1, 1]}
+        (tmp_path / "equal.jsonl").write_text(json.dumps(row) + "\n")
+    values = config.model_dump()
+    values["data"] |= spoil
+    values["generate"]["max_new_tokens"] = 24
+    with pytest.raises(DataError, match=message):
+        run_reward_model(
+            Config.model_validate(values), policy, tmp_path, lambda *_: pytest.fail("trained")
+        )
+
+
 def test_it_learns_what_people_prefer(trained):
     _, report, seen = trained
     assert report.held_out.accuracy["2"].value > 0.9
