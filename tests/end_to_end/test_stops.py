@@ -17,6 +17,7 @@ import pytest
 
 from distrl.checkpoint import Checkpoints
 from distrl.cli.main import main
+from distrl.driver.ledger_file import open_to_read
 from distrl.metrics import read_jsonl
 from tests.end_to_end.process import RAY_AGENTS, Run
 
@@ -121,6 +122,9 @@ def test_resume_after_kill_9_and_a_damaged_checkpoint(
     assert (resumed.folder / "policy" / "model.safetensors").exists()
     assert main(["audit", str(resumed.folder)]) == 0, "rolled back, tried again, counted once"
     assert main(["replay", str(resumed.folder)]) == 0, "through the kill and the resume"
+    with open_to_read(resumed.folder / "ledger.sqlite") as ledger:
+        seeds = ledger.execute("SELECT DISTINCT seed FROM attempts WHERE seed IS NOT NULL")
+        assert len(seeds.fetchall()) == 2, "the sampler went on with other random numbers"
     resumed.assert_nothing_left(within_s=10)
     killed.assert_nothing_left(within_s=60)  # by now the agents too
 

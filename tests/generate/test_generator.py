@@ -251,7 +251,9 @@ async def test_a_restarted_engine_serves_nothing_before_the_runs_weights(engine,
     await engine.hold(5)
     held = asyncio.create_task(engine.generate(policies.prompt(0)))
     await asyncio.sleep(0.1)
+    seed = engine.spec.seed
     await engine.restart()
+    assert engine.spec.seed != seed, "its sampler does not draw the same again"
     await all_died([held])
     rolling = asyncio.create_task(engine.generate(policies.prompt(1)))
     await asyncio.sleep(1)
