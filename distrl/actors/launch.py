@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from distrl.actors.handles import (
 )
 from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
-from distrl.generate.engine import EngineSpec
+from distrl.generate.engine import EngineSpec, sampler_seed
 from distrl.learn.spec import LearnerSpec, Place
 
 MAX_CALLS = 10_000
@@ -48,18 +49,20 @@ async def launched(
     logs: Path,
     recording: Path | None = None,
     pretrain: Path | None = None,
+    step: int = 0,
 ) -> AsyncIterator[Cast]:
     """Place and start every actor; all of them are ended when the block is left.
 
     policy: Hugging Face folder the policy starts from; reward_model: the critic's start,
     which may be None only where learn.value.start is "policy"; recording: where the learner
-    records its steps, if at all; pretrain: the examples of PPO-ptx, if it is asked for.
+    records its steps, if at all; pretrain: the examples of PPO-ptx, if it is asked for; step:
+    learner steps taken before, by the run that is resumed.
     Raises PlacementError before any actor starts, WorkerDied where one does not come up.
     """
     wanted = demands(config)
     groups = place(wanted, config.cluster.placement_timeout_s)
     by_role = {demand.role: demand for demand in wanted}
-    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve())
+    make = _Maker(by_role, groups, config, policy.resolve(), logs.resolve(), step)
     recording = recording.resolve() if recording else None
     learner = make.learner(
         learner_spec(config, make.policy, reward_model, make.logs, recording, pretrain)
@@ -92,9 +95,10 @@ class _Maker:
         config: Config,
         policy: Path,
         logs: Path,
+        step: int,
     ) -> None:
         self.wanted, self.groups, self.config = wanted, groups, config
-        self.policy, self.logs = policy, logs
+        self.policy, self.logs, self.step = policy, logs, step
         self.mine, self.others = split_cores(config)
 
     def generator(self, place: int, learner: LearnerHandle) -> GeneratorHandle:
@@ -104,16 +108,18 @@ class _Maker:
             model=self.policy,
             config=config.generate,
             max_model_len=config.generate.max_model_len or config.sequence_tokens,
-            seed=config.run.seed + place,
+            seed=sampler_seed(config.run.seed, place, self.step),
             cores=generator_cores(config, place),
         )
         actor = self._actor("generator", place, GeneratorActor, max_concurrency=MAX_CALLS)
-        handle = GeneratorHandle(
-            name,
-            lambda: actor.remote(name, spec, config.sync, self._log(name), self.others),
-            self._log(name),
-            config.generate.start_timeout_s,
-        )
+        restarts = itertools.count()
+
+        def begun() -> Any:
+            seed = sampler_seed(config.run.seed, place, self.step, next(restarts))
+            mine = replace(spec, seed=seed)
+            return actor.remote(name, mine, config.sync, self._log(name), self.others)
+
+        handle = GeneratorHandle(name, begun, self._log(name), config.generate.start_timeout_s)
         handle.learner = learner
         handle.engine_workers = spec.workers
         handle.sync_timeout_s = config.sync.timeout_s

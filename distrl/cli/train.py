@@ -216,6 +216,7 @@ async def _train(
         logs=directory.logs,
         recording=directory.recording,
         pretrain=directory.pretrain,
+        step=start.step,
     ) as cast:
         sink = _sink(config, directory, start, wandb_id)
         driver = Driver(

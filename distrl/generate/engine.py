@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from distrl.config import GenerateConfig
 from distrl.sync.vllm_plugin import BACKENDS, DIE_WITH_PARENT
 
@@ -36,6 +38,14 @@ class EngineSpec:
     def workers(self) -> int:
         """Processes that share the model (tensor parallel)."""
         return max(1, int(self.config.gpus))
+
+
+def sampler_seed(seed: int, place: int, step: int = 0, restarts: int = 0) -> int:
+    """The seed of an engine's sampler, below 2**32 as vLLM wants it: another one for each generator
+    (`place`), and after each resume (`step`: taken before it) and restart, as a sampler that began
+    anew would draw the same random numbers again."""
+    key = (place, step, restarts)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"

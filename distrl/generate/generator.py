@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Awaitable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from distrl.config import SyncConfig
 from distrl.data.tokenizer import load_tokenizer
-from distrl.generate.engine import SOCKETS, EngineSpec, start_engine
+from distrl.generate.engine import SOCKETS, EngineSpec, sampler_seed, start_engine
 from distrl.generate.records import IncompleteOutput, to_rollout, token_logprobs
 from distrl.records import GroupInfo, Offer, Parcel, Prompt, Rollout, Weights
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
@@ -333,8 +334,10 @@ class VLLMGenerator:
     # -- life ---------------------------------------------------------------------
 
     async def restart(self) -> None:
-        """Start the engine anew in this process. No rollout leaves before `load_weights`."""
+        """Start the engine anew in this process, with other random numbers. No rollout leaves
+        before `load_weights`."""
         await self.close()
+        self.spec = replace(self.spec, seed=sampler_seed(self.spec.seed, 0, restarts=1))
         self._proven.clear()
         await self._launch()
 

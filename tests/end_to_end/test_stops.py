@@ -1,7 +1,8 @@
-"""Synchronous runs that are stopped, killed, resumed, and shared by two ranks.
+"""Synchronous runs that are stopped, killed, resumed, shared by two ranks, and evaluated.
 
 - `interrupted`: Ctrl-C after step 3.
 - `killed`: the same recipe; kill -9 after step 3, its newest checkpoint damaged, resumed.
+- `two_ranks`: two steps, to the end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 
 from distrl.checkpoint import Checkpoints
 from distrl.cli.main import main
+from distrl.driver.ledger_file import open_to_read
 from distrl.metrics import read_jsonl
 from tests.end_to_end.process import RAY_AGENTS, Run
 
@@ -121,6 +123,9 @@ def test_resume_after_kill_9_and_a_damaged_checkpoint(
     assert (resumed.folder / "policy" / "model.safetensors").exists()
     assert main(["audit", str(resumed.folder)]) == 0, "rolled back, tried again, counted once"
     assert main(["replay", str(resumed.folder)]) == 0, "through the kill and the resume"
+    with open_to_read(resumed.folder / "ledger.sqlite") as ledger:
+        seeds = ledger.execute("SELECT DISTINCT seed FROM attempts WHERE seed IS NOT NULL")
+        assert len(seeds.fetchall()) == 2, "the sampler went on with other random numbers"
     resumed.assert_nothing_left(within_s=10)
     killed.assert_nothing_left(within_s=60)  # by now the agents too
 
@@ -133,14 +138,58 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_two_ranks_share_the_learner(interrupted: Run, begin: Callable[..., Run]) -> None:
-    """The first step is on the same rollouts as that of a run with one; later ones drift apart
-    by roundings."""
+@pytest.fixture(scope="module")
+def two_ranks(begin: Callable[..., Run]) -> Run:
     run = begin("train", "--learn.ranks", "2", *SYNCHRONOUS[:-2], "--driver.steps", "2")
     assert run.end() == 0, run.output
+    return run
+
+
+def test_two_ranks_share_the_learner(interrupted: Run, two_ranks: Run) -> None:
+    """The first step is on the same rollouts as that of a run with one; later ones drift apart
+    by roundings."""
+    run = two_ranks
     mine, other = run.rows()[0], interrupted.rows()[0]
     for name in ("reward/mean", "kl/ref", "loss/policy", "value/loss", "ppo/entropy", "grad/norm"):
         assert mine[name] == pytest.approx(other[name], abs=1e-4), name
     halves = run.folder.glob("checkpoints/step_000002/learner/policy.*-of-00002.safetensors")
     assert len(list(halves)) == 2
+    run.assert_nothing_left(within_s=10)
+
+
+def test_a_finished_run_is_evaluated(two_ranks: Run, begin: Callable[..., Run]) -> None:
+    """The table on the screen, the same in a file, the plot; nothing of the engine is left."""
+    words = ("--evaluate.prompts", "12", "--evaluate.samples_shown", "1")
+    run = begin("evaluate", *words, folder=two_ranks.folder.parent, COLUMNS="160")
+    assert run.end() == 0, run.output
+    for row in ("reward", "KL", "tokens", "judge", "win rate by reward", "distinct-2", "cut by"):
+        assert row in run.output, f"no {row!r} in:\n{run.output}"
+    assert "1 prompts drawn by seed 0, not picked" in run.output
+    for noise in ("Traceback", "Warning", "INFO", "[W"):
+        assert noise not in run.output, run.output
+
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    assert found["prompts"] == 12
+    assert list(found["measures"]) == ["reward", "kl", "length", "judge"]
+    assert list(found["wins"]) == ["reward", "judge"]
+    pairs = [found["measures"][name] for name in found["measures"]]
+    intervals = [*found["wins"].values(), found["gain"]]
+    intervals += [pair[side] for pair in pairs for side in ("before", "after", "change")]
+    assert all(each["low"] <= each["value"] <= each["high"] for each in intervals)
+    assert found["measures"]["kl"]["before"]["value"] == 0, "of the reference to itself"
+    assert found["measures"]["kl"]["after"]["value"] != 0
+    assert all(
+        0 <= share <= 1
+        for name in ("distinct-1", "distinct-2")
+        for share in found["distinct"][name]
+    )
+    for side, name in (("before", "SFT"), ("after", "PPO")):
+        policy = found[side]
+        assert policy["name"] == name and len(policy["rows"]) == 12 * 2
+        for measure in ("reward", "kl", "length", "judge"):
+            mean = sum(row[measure] for row in policy["rows"]) / 24
+            assert found["measures"][measure][side]["value"] == pytest.approx(mean), measure
+    texts = [[row["response"] for row in found[side]["rows"]] for side in ("before", "after")]
+    assert texts[0] != texts[1]
+    assert (run.folder / "reward_vs_kl.png").read_bytes().startswith(b"\x89PNG")
     run.assert_nothing_left(within_s=10)

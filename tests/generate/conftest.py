@@ -1,10 +1,13 @@
-"""A policy whose choices are sharp enough to tell one version from another, and an engine."""
+"""A policy whose choices are sharp enough to tell one version from another, and an engine that
+starts from what a learner exports."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +15,11 @@ import pytest_asyncio
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from distrl.config import GenerateConfig, SyncConfig
+from distrl.config import GenerateConfig, LearnConfig, SyncConfig
 from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
+from distrl.learn.learner import PolicyLearner
+from distrl.learn.spec import LearnerSpec
 from distrl.models import load_policy
 from distrl.records import Prompt, Rollout, Sample, Weights
 from distrl.sync.canary import probe_ids, probe_logprobs, publish_model
@@ -37,6 +42,49 @@ def sharp_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) ->
         model = LlamaForCausalLM(config)
     shaken(model, seed=1, std=0.15).save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Export:
+    """The folder of a learner's policy, and its own log-probabilities of a probe."""
+
+    policy: Path
+    probe_ids: np.ndarray
+    probe_logprobs: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def exported(
+    sharp_policy: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Export:
+    """Of a learner whose weights have moved away from `sharp_policy`. A module's ADAPTERS are the
+    rank of its adapters, which an export merges; none: every weight learns."""
+    folder = tmp_path_factory.mktemp("exported")
+    learn = {"value": {"start": "policy"}, "lora": {"rank": getattr(request.module, "ADAPTERS", 0)}}
+    spec = LearnerSpec(
+        policy=sharp_policy,
+        reward_model=None,
+        config=LearnConfig.model_validate(learn),
+        total_steps=1,
+        total_samples=1,
+        longest=96,
+        temperature=TEMPERATURE,
+        seed=0,
+        canary_tokens=200,
+        scratch=folder,
+        threads=1,
+    )
+    learner = PolicyLearner(spec)
+    try:
+        before = learner.publish().probe_logprobs
+        trained: Any = learner.networks.trained[0]
+        shaken(trained, seed=2)
+        weights = learner.publish()
+        learner.export(folder / "policy")
+    finally:
+        learner.close()
+    assert np.abs(weights.probe_logprobs - before).max() > 0.1, "the weights have not moved"
+    return Export(folder / "policy", weights.probe_ids, weights.probe_logprobs)
 
 
 def shaken(model: PreTrainedModel, seed: int, std: float = 0.1) -> PreTrainedModel:
@@ -110,14 +158,14 @@ class Policies:
 
 
 @pytest.fixture(scope="module")
-def policies(sharp_policy: Path) -> Iterator[Policies]:
-    policies = Policies(sharp_policy)
+def policies(exported: Export) -> Iterator[Policies]:
+    policies = Policies(exported.policy)
     yield policies
     policies.publisher.close()
 
 
 @pytest.fixture(scope="module")
-def engine_spec(sharp_policy: Path) -> EngineSpec:
+def engine_spec(exported: Export) -> EngineSpec:
     torch.set_num_threads(1)
     config = GenerateConfig(
         samples_per_prompt=4,
@@ -126,7 +174,7 @@ def engine_spec(sharp_policy: Path) -> EngineSpec:
         max_num_seqs=32,
         kv_cache_gib=0.25,
     )
-    return EngineSpec(model=sharp_policy, config=config, max_model_len=CONTEXT, seed=7)
+    return EngineSpec(model=exported.policy, config=config, max_model_len=CONTEXT, seed=7)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -36,6 +36,13 @@ def versions(rollout: Rollout) -> set[int]:
     return {span.version for sample in rollout.samples for span in sample.spans}
 
 
+async def test_an_engine_starts_from_what_a_learner_exports(engine, exported):
+    """No weights are sent: what it computes with are the files of `policy/`."""
+    gap = np.abs(await engine.score_tokens(exported.probe_ids) - exported.probe_logprobs).max()
+    print(f"largest gap {gap:.2g} nats")
+    assert gap < TOLERANCE
+
+
 async def test_log_probabilities_at_a_temperature_equal_those_of_transformers(engine, policies):
     rollouts = await roll(engine, [policies.prompt(i, tokens=3 + i) for i in range(8)])
     gap = max(policies.gap(rollout) for rollout in rollouts)
@@ -244,7 +251,9 @@ async def test_a_restarted_engine_serves_nothing_before_the_runs_weights(engine,
     await engine.hold(5)
     held = asyncio.create_task(engine.generate(policies.prompt(0)))
     await asyncio.sleep(0.1)
+    seed = engine.spec.seed
     await engine.restart()
+    assert engine.spec.seed != seed, "its sampler does not draw the same again"
     await all_died([held])
     rolling = asyncio.create_task(engine.generate(policies.prompt(1)))
     await asyncio.sleep(1)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
@@ -31,6 +32,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-4
+ADAPTERS = 4
 
 
 class Learner:
@@ -83,6 +85,12 @@ async def roll(engine: VLLMGenerator, policies: Any, index: int) -> Rollout:
 
 def versions(rollout: Rollout) -> set[int]:
     return {span.version for sample in rollout.samples for span in sample.spans}
+
+
+async def test_an_engine_starts_from_an_export_with_merged_adapters(receiving, exported):
+    gap = np.abs(await receiving.score_tokens(exported.probe_ids) - exported.probe_logprobs).max()
+    print(f"largest gap {gap:.2g} nats")
+    assert gap < TOLERANCE
 
 
 async def test_weights_arrive_with_requests_in_flight(receiving, learner, policies):

@@ -1,0 +1,111 @@
+"""What a second `distrl demo` makes anew, and what it takes as it is; nothing is trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distrl.checkpoint import Checkpoints, RunDir
+from distrl.cli import demo
+from distrl.cli.options import Options
+from distrl.config import Config
+from distrl.driver.state import Summary
+
+EVERYTHING = ["sft", "reward model", "PPO from nothing", "evaluation"]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, in order: each part leaves a note, and the files that the next one asks for.
+    PPO is stopped at step 2 where the note "stop" is there."""
+    notes: list[str] = []
+
+    def sft(config: Config, out: Path, on_step: Any) -> Any:
+        notes.append("sft")
+        (out / "policy").mkdir(parents=True)
+        return SimpleNamespace(parameters=1e6, validation_loss=1.0, seconds=1.0)
+
+    def reward_model(config: Config, policy: Path, out: Path, on_step: Any) -> Any:
+        notes.append("reward model")
+        (out / "model").mkdir(parents=True)
+        return SimpleNamespace(held_out=SimpleNamespace(accuracy={}), seconds=1.0)
+
+    def train(options: Options, directory: RunDir) -> Summary:
+        checkpoints = Checkpoints(directory.checkpoints)
+        newest = checkpoints.latest() if options.resume else None
+        notes.append(f"PPO from {f'step {newest.step}' if newest else 'nothing'}")
+        stopped = "stop" in notes
+        step = 2 if stopped else options.config.driver.steps
+        if newest is None or newest.step < step:
+            with checkpoints.write(step, {}) as folder:
+                (folder / "x").write_text("x")
+        if not stopped:
+            directory.policy.mkdir(exist_ok=True)
+            (directory.policy / "model.safetensors").write_text("x")
+        return Summary(
+            step=step, steps=step, version=step, stopped=stopped, samples=8, tokens=64, drops={},
+            restarts=0, seconds=1.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr("distrl.learn.sft.run_sft", sft)
+    monkeypatch.setattr("distrl.learn.reward_model.run_reward_model", reward_model)
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "evaluate", lambda config: notes.append("evaluation"))
+    return notes
+
+
+def run(root: Path, *words: str) -> int:
+    return demo.run("", ["--run.root", str(root), "--run.name", "d", *words])
+
+
+def test_a_second_demo_takes_all_that_is_finished(
+    done: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path) == 0
+    assert done == EVERYTHING
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'd'}/evaluation.json" in said and "What to try next" in said
+    done.clear()
+    assert run(tmp_path) == 0
+    assert done == ["evaluation"]
+    said = capsys.readouterr().out
+    assert said.count("finished before, reusing") == 3
+    assert f"PPO: finished before, reusing {tmp_path / 'd' / 'policy'}" in said
+
+
+def test_fresh_makes_all_of_it_again(done: list[str], tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--fresh") == 0
+    assert done == EVERYTHING * 2
+
+
+def test_a_demo_that_was_stopped_goes_on_by_itself(
+    done: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done.append("stop")
+    assert run(tmp_path) == 75
+    assert done[1:] == EVERYTHING[:3], "there is nothing to evaluate yet"
+    assert "stopped after step 2" in capsys.readouterr().out
+    done.clear()
+    assert run(tmp_path) == 0
+    assert done == ["PPO from step 2", "evaluation"]
+
+
+def test_more_steps_go_on_from_the_finished_ones(done: list[str], tmp_path: Path) -> None:
+    assert run(tmp_path, "--driver.steps", "4") == 0
+    done.clear()
+    assert run(tmp_path, "--driver.steps", "6") == 0
+    assert done == ["PPO from step 4", "evaluation"]
+
+
+def test_an_export_that_is_missing_is_made(done: list[str], tmp_path: Path) -> None:
+    """The run was killed between its last checkpoint and its export."""
+    assert run(tmp_path, "--driver.steps", "4") == 0
+    (tmp_path / "d" / "policy" / "model.safetensors").unlink()
+    (tmp_path / "d" / "policy").rmdir()
+    done.clear()
+    assert run(tmp_path, "--driver.steps", "4") == 0
+    assert done == ["PPO from step 4", "evaluation"]
