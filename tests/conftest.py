@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 from hypothesis import settings
+
+from tests import leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LONGEST = ("test_stops", "test_schedules", "test_survivor", "test_processes", "test_cluster")
-SESSION = uuid.uuid4().hex
-SHM = Path("/dev/shm")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of workers side by side wait for each other
@@ -36,8 +33,8 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
     TOKENIZERS_PARALLELISM="false",
     # Leftovers are found by this mark; SPT_NOENV keeps setproctitle from writing over it.
-    DISTRL_TEST_SESSION=SESSION,
     SPT_NOENV="1",
+    **{leftovers.MARK: leftovers.SESSION},
 )
 
 
@@ -67,43 +64,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Fail at the end of the session where a file in shared memory or a process was left."""
-    before = set(SHM.glob("distrl-*"))
+    """Fail at the end of the session where something was left (see `leftovers`)."""
+    shared = leftovers.SharedFiles()
+    shared.watch()
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # its service process lives until told otherwise
-    deadline_s = time.monotonic() + 15
-    while (processes := started_processes()) and time.monotonic() < deadline_s:
-        time.sleep(0.2)
-    files = sorted(set(SHM.glob("distrl-*")) - before)
-    assert not files, f"left in shared memory: {', '.join(map(str, files))}"
+    processes = leftovers.wait_for_processes(15)
     assert not processes, f"left running: {'; '.join(processes)}"
-
-
-def started_processes() -> list[str]:
-    """Living processes that this session started, orphans included: 'pid command'."""
-    offspring = {child.pid for child in psutil.Process().children(recursive=True)}
-    return [
-        f"{process.pid} {command}"
-        for process in psutil.process_iter()
-        if process.pid in offspring or _carries_mark(process)
-        if (command := _command(process)) and "multiprocessing.resource_tracker" not in command
-    ]
-
-
-def _carries_mark(process: psutil.Process) -> bool:
-    try:
-        return process.environ().get("DISTRL_TEST_SESSION") == SESSION
-    except psutil.Error:
-        return False
-
-
-def _command(process: psutil.Process) -> str:
-    """The command line; empty for a process that has ended (a zombie included)."""
-    try:
-        return " ".join(process.cmdline())[:200]
-    except psutil.Error:
-        return ""
+    files = [*shared.left(), *leftovers.memory_files()]
+    assert not files, f"left in memory: {', '.join(files)}"
+    folders = leftovers.folders()
+    assert not folders, f"left among temporary files: {', '.join(map(str, folders))}"
 
 
 @pytest.fixture(scope="session")

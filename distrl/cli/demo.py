@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 import time
+from pathlib import Path
 
 from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli.evaluate import evaluate
@@ -45,7 +48,7 @@ def _going_on(options: Options) -> Options:
 
 
 def _next(config: Config, seconds: float) -> str:
-    where = config.run.dir
+    where, me = config.run.dir, called()
     return f"""
 Done in {seconds / 60:.1f} minutes. Run directory: {where}
   {where}/evaluation.json    every figure and response of the table above
@@ -53,7 +56,19 @@ Done in {seconds / 60:.1f} minutes. Run directory: {where}
   {where}/metrics.jsonl      one line a step; W&B files in {where}/wandb
 
 What to try next:
-  distrl demo --run.name leash --learn.kl.target 4       a shorter leash
-  distrl demo --run.name sync --driver.max_staleness 0   the same, synchronous
-  distrl train --preset smollm2                          a 135M instruct model on this CPU
-  distrl train --help                                    every setting, explained"""
+  {me} demo --run.name leash --learn.kl.target 4       a shorter leash
+  {me} demo --run.name sync --driver.max_staleness 0   the same, synchronous
+  {me} train --preset smollm2                          a 135M instruct model on this CPU
+  {me} train --help                                    every setting, explained"""
+
+
+def called() -> str:
+    """What this program is called by, for commands to copy: the script as it was given where it is
+    not on the path, as after `make demo`."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return "python -m distrl.cli"
+    found = shutil.which("distrl")
+    if script.name != "distrl" or (found and Path(found).samefile(script)):
+        return "distrl"
+    return str(script)

@@ -1,4 +1,5 @@
-"""Starting a vLLM engine in this process: no port opened, weights replaceable in flight."""
+"""Starting a vLLM engine from this process, its weights replaceable in flight. No HTTP server runs;
+vLLM's own processes listen to each other on the loopback address."""
 
 from __future__ import annotations
 

@@ -1,7 +1,12 @@
-"""What a second `distrl demo` makes anew, and what it takes as it is; nothing is trained here."""
+"""What a second demo makes anew, what it takes as it is, and what it says at its end.
+
+Nothing is trained here.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +15,7 @@ import pytest
 
 from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli import demo
+from distrl.cli.demo import _next
 from distrl.cli.options import Options
 from distrl.config import Config
 from distrl.driver.state import Summary
@@ -26,12 +32,13 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def sft(config: Config, out: Path, on_step: Any) -> Any:
         notes.append("sft")
         (out / "policy").mkdir(parents=True)
-        return SimpleNamespace(parameters=1e6, validation_loss=1.0, seconds=1.0)
+        return SimpleNamespace(parameters=1e6, validation_loss=1.0, seconds=1.0, truncated=0)
 
     def reward_model(config: Config, policy: Path, out: Path, on_step: Any) -> Any:
         notes.append("reward model")
         (out / "model").mkdir(parents=True)
-        return SimpleNamespace(held_out=SimpleNamespace(accuracy={}), seconds=1.0)
+        held_out = SimpleNamespace(accuracy={})
+        return SimpleNamespace(held_out=held_out, seconds=1.0, truncated=0, alike=0)
 
     def train(options: Options, directory: RunDir) -> Summary:
         checkpoints = Checkpoints(directory.checkpoints)
@@ -53,6 +60,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("distrl.learn.sft.run_sft", sft)
     monkeypatch.setattr("distrl.learn.reward_model.run_reward_model", reward_model)
     monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr("distrl.cli.train.check_rows", lambda config, **_: None)
     monkeypatch.setattr(demo, "evaluate", lambda config: notes.append("evaluation"))
     return notes
 
@@ -109,3 +117,51 @@ def test_an_export_that_is_missing_is_made(done: list[str], tmp_path: Path) -> N
     done.clear()
     assert run(tmp_path, "--driver.steps", "4") == 0
     assert done == ["PPO from step 4", "evaluation"]
+
+
+# -- its last words ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`distrl` as `make demo` calls it, in a folder that is not on the path."""
+    path = tmp_path / ".venv" / "bin" / "distrl"
+    path.parent.mkdir(parents=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/distrl", "demo"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    return path
+
+
+def commands() -> list[str]:
+    """The commands that are worth trying, without what is said of them."""
+    tried = _next(Config(), 60).split("What to try next:\n")[1]
+    return [line.strip().split("   ")[0].split(" --")[0] for line in tried.splitlines()]
+
+
+def test_the_commands_to_try_next_can_be_copied(script: Path) -> None:
+    assert commands() == [f".venv/bin/distrl {word}" for word in ("demo", "demo", "train", "train")]
+
+
+def test_they_are_short_where_the_command_is_on_the_path(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join(["/nowhere", str(script.parent)]))
+    assert commands()[0] == "distrl demo"
+
+
+def test_another_distrl_on_the_path_is_not_this_one(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "distrl"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commands()[0] == ".venv/bin/distrl demo"
+
+
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/lib/distrl/cli/__main__.py", "demo"])
+    assert commands()[0] == "python -m distrl.cli demo"

@@ -75,6 +75,7 @@ def test_another_trouble_with_files_keeps_its_traceback(monkeypatch: pytest.Monk
         main(["train"])
 
 
+@pytest.mark.slow
 def test_functions_in_the_working_directory_are_found(tmp_path: Path) -> None:
     """By the console script as it is installed, whose import path begins with its own folder."""
     (tmp_path / "my_rewards.py").write_text(
