@@ -70,9 +70,9 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # its service process lives until told otherwise
-    processes = leftovers.wait_for_processes(15)
+    processes = leftovers.after(15, leftovers.processes)
     assert not processes, f"left running: {'; '.join(processes)}"
-    files = [*shared.left(), *leftovers.memory_files()]
+    files = [*shared.left(), *leftovers.after(30, leftovers.memory_files)]
     assert not files, f"left in memory: {', '.join(files)}"
     folders = leftovers.folders()
     assert not folders, f"left among temporary files: {', '.join(map(str, folders))}"

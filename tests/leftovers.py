@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,10 +96,11 @@ def processes() -> list[str]:
     ]
 
 
-def wait_for_processes(timeout_s: float) -> list[str]:
-    """Those that have not ended by then."""
+def after(timeout_s: float, look: Callable[[], list[str]]) -> list[str]:
+    """What `look` still finds by then: processes take time to end, and a thread whose collective
+    was given up holds its image until that has seen so."""
     deadline_s = time.monotonic() + timeout_s
-    while (left := processes()) and time.monotonic() < deadline_s:
+    while (left := look()) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     return left
 

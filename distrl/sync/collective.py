@@ -97,6 +97,7 @@ class Line:
     def hang_up(self, why: str) -> None:
         """Give the line up, whoever is sending on it. May be called twice."""
         self.dead = True
+        self._image = None  # what nobody fetches any more may be written over
         self._listener.close()
         if self._sending is not None:
             _settle(self._sending, TransferFailed(f"{self._name}: {why}"))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,16 @@ def test_who_does_not_come_is_named_in_time_and_the_next_is_served(board, publis
     assert 0.9 < late[0] < 3
     assert torch.equal(takers.taken()[0]["w"], SMALL["w"])
     assert board.offer(version, receiver("g0", timeout_s=1), LOOPBACK).port != absent.port
+
+
+def test_an_image_that_was_offered_in_vain_is_written_over(board, publisher):
+    offered = weights(publisher, SMALL, 1)
+    board.offer(offered, receiver(), LOOPBACK)
+    board.hang_up("g0")
+    written = Path(offered.locator).stat().st_ino
+    publisher.publish(SMALL, 2)
+    path, _ = publisher.publish(SMALL, 3)
+    assert Path(path).stat().st_ino == written, "two images are enough where nobody reads one"
 
 
 def test_one_that_stands_still_is_named_in_time(board, publisher, engine):
