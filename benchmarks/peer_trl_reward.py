@@ -4,9 +4,9 @@
 
 Both start from the finished stages of a demo run: its policy, and its reward model, from which the
 critic starts too. Both take 128 prompts a step, a sample of each, one epoch of four minibatches,
-a constant learning rate of 4e-4 and 0.15 a nat of KL. TRL is told to read a cut response's reward
-at an end-of-sequence token, as our reward model was trained to. Ours is as a user would run it:
-asynchronous, a step behind.
+a constant learning rate of 4e-4 from the first step on, and 0.15 a nat of KL. TRL is told to read a
+cut response's reward at an end-of-sequence token, as our reward model was trained to. Ours is as a
+user would run it: asynchronous, a step behind.
 
 Threshold, set before the first run: ours no lower than TRL's by more than 0.1 of the standard
 deviation of the SFT policy's scores (mean of the last ten steps, mean of the seeds).
@@ -91,6 +91,7 @@ def _ours(source: Path, steps: int, seed: int) -> list[dict[str, Any]]:
         "--generate.samples_per_prompt", "1", "--driver.prompts_per_step", str(BATCH),
         "--generate.max_new_tokens", str(RESPONSE),
         "--learn.lr", str(LR), "--learn.critic_lr", str(LR), "--learn.schedule", "constant",
+        "--learn.warmup_steps", "0",
         "--learn.minibatches", str(MINIBATCHES),
         "--learn.kl.kind", "fixed", "--learn.kl.coef", str(KL),
     ]  # fmt: skip
