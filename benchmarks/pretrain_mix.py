@@ -1,6 +1,6 @@
 """PPO-ptx (Ouyang et al. 2022, eq. 2) against plain PPO on the demo's task: does it keep the text?
 
-    python benchmarks/pretrain_mix.py [--from runs/demo] [--seeds 3] [--coef 0.5] [--price 0.05]
+    python benchmarks/pretrain_mix.py [--from runs/demo] [--seeds 2] [--coef 0.6] [--price 0.04]
 
 Both start from the finished SFT of --from, at equal samples; PPO-ptx adds the loss a token of
 --sequences SFT examples to each optimizer step, --coef times. The mix holds the policy to the SFT
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--coef", default="0.5")
-    parser.add_argument("--sequences", default="32")
-    parser.add_argument("--price", default="0.05")
+    parser.add_argument("--coef", default="0.6")
+    parser.add_argument("--sequences", default="128")
+    parser.add_argument("--price", default="0.04")
     options = parser.parse_args()
     mix = [
         "--learn.pretrain.coef", options.coef, "--learn.pretrain.sequences", options.sequences,
