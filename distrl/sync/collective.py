@@ -75,13 +75,12 @@ class Line:
 
     def send(self) -> None:
         """Send what was offered, after meeting the engine if need be. Raises TransferFailed."""
-        image, self._image = self._image, None
-        if image is None or self.dead:
+        if self._image is None or self.dead:
             raise TransferFailed(f"nothing is offered to {self._name}")
         sending: Future[None] = Future()
         self._sending = sending
         threading.Thread(
-            target=self._run, args=(image, sending), name=f"to {self._name}", daemon=True
+            target=self._run, args=(sending,), name=f"to {self._name}", daemon=True
         ).start()
         try:
             sending.result(self.receiver.timeout_s)
@@ -104,7 +103,7 @@ class Line:
         if self._group is not None:
             self._group.destroy()
 
-    def _run(self, image: Image, sending: Future[None]) -> None:
+    def _run(self, sending: Future[None]) -> None:
         try:
             if self._group is None:
                 workers = 1 + self.receiver.workers
@@ -112,6 +111,9 @@ class Line:
                 self._group = self._meet(self._listener, workers, patience_s)
                 if self.dead:  # it was given up meanwhile
                     self._group.destroy()
+            image, self._image = self._image, None
+            if image is None:
+                raise TransferFailed("its load was given up")
             self._group.send(image)
         except Exception as error:  # of whatever kind: `send` waits for it, in another thread
             _settle(sending, TransferFailed(f"{self._name}: {error}"))
