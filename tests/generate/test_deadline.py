@@ -14,6 +14,7 @@ from distrl.records import Weights
 from distrl.roles import WorkerDied
 
 
+@pytest.mark.slow
 async def test_whoever_keeps_the_engine_paused_does_not_keep_a_load_waiting(
     tiny_policy: Path,
 ) -> None:

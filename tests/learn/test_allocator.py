@@ -64,6 +64,7 @@ def _printed(program: str) -> list[int]:
     return [int(word) for word in answer.stdout.split()]
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("program", [ALONE, THREADS], ids=["alone", "threads"])
 @pytest.mark.parametrize("mib", [4, 80])
@@ -73,6 +74,7 @@ def test_freed_blocks_are_used_again(program, mib):
     assert _printed(program.format(mib=mib))[0] < 4_000
 
 
+@pytest.mark.slow
 @linux
 def test_what_a_stage_leaves_can_be_given_back():
     kept, left = _printed(RETURN)

@@ -183,6 +183,7 @@ def test_tensors_are_read_one_at_a_time(publisher, monkeypatch):
 # -- sending --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tied_model_arrives_whole_at_every_worker_and_the_group_lasts(
     board, publisher, engine, tiny_policy
 ):
@@ -259,6 +260,7 @@ def test_an_image_that_was_offered_in_vain_is_written_over(board, publisher):
     assert Path(path).stat().st_ino == written, "two images are enough where nobody reads one"
 
 
+@pytest.mark.slow
 def test_one_that_stands_still_is_named_in_time(board, publisher, engine):
     """It came, and takes nothing: more is sent than fits between two sockets."""
     offer = board.offer(weights(publisher, SMALL), receiver(), LOOPBACK)
