@@ -277,7 +277,7 @@ class LearnConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="course of both learning rates after the warm-up"
     )
-    floor: float = Field(
+    schedule_floor: float = Field(
         default=0.1, ge=0, le=1, description="cosine: share of the peak that is left at the end"
     )
     warmup_steps: int = Field(default=2, ge=0, description="learner steps of linear warm-up")

@@ -283,8 +283,9 @@ class PolicyLearner:
 
     def _rate(self, peak: float) -> float:
         total = max(self.total_steps, self.config.warmup_steps)
+        config = self.config
         return peak * lr_factor(
-            self.step, total, self.config.schedule, self.config.warmup_steps, self.config.floor
+            self.step, total, config.schedule, config.warmup_steps, config.schedule_floor
         )
 
     def _skip(self, batch: Experience, report: MinibatchReport, norm: float) -> None:

@@ -97,22 +97,26 @@ class RewardSum:
         for i, sample in enumerate(rollout.samples):
             mine = {name: values[i] for name, values in numbers.items()}
             value = sum(self.weights[name] * part for name, part in mine.items())
-            penalties = self._penalties(sample, value)
-            if not math.isfinite(value + sum(penalties.values())):
+            if not math.isfinite(value):
                 return ScoreFailed(f"the weighted sum of {mine} is not finite")
-            scores.append(Score(value=value + sum(penalties.values()), parts={**mine, **penalties}))
+            scores.append(self._charged(sample, value, mine))
         return ScoredRollout(rollout=rollout, scores=tuple(scores))
 
-    def _penalties(self, sample: Sample, value: float) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def _charged(self, sample: Sample, plain: float, parts: Mapping[str, float]) -> Score:
+        """`plain` with what length costs. Responses whose score is replaced get equal ones, to the
+        bit: the difference to `plain` is kept, not added."""
+        value, kept = plain, dict(parts)
         cut = sample.finish_reason == "length"
         if self.missing_eos_penalty is not None:
-            found[PENALTY] = self.missing_eos_penalty if cut else 0.0
+            kept[PENALTY] = self.missing_eos_penalty if cut else 0.0
+            value += kept[PENALTY]
         if self.missing_eos_score is not None:
-            found[PENALTY] = self.missing_eos_score - value if cut else 0.0
+            value = self.missing_eos_score if cut else plain
+            kept[PENALTY] = value - plain
         if self.overlong.penalty:
-            found[OVERLONG] = overlong_penalty(len(sample.token_ids), self.overlong)
-        return found
+            kept[OVERLONG] = overlong_penalty(len(sample.token_ids), self.overlong)
+            value += kept[OVERLONG]
+        return Score(value=value, parts=kept)
 
 
 def overlong_penalty(tokens: int, config: OverlongConfig) -> float:

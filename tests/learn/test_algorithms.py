@@ -474,6 +474,8 @@ def test_an_objectives_bounds_are_its_papers_unless_they_are_set(kind, aggregate
 
 
 def test_the_learning_rate_falls_to_its_floor(new_learner, make_groups):
-    learner = new_learner(schedule="cosine", floor=0.3, warmup_steps=0, lr=1e-3, total_steps=2)
+    learner = new_learner(
+        schedule="cosine", schedule_floor=0.3, warmup_steps=0, lr=1e-3, total_steps=2
+    )
     rates = [learner.learn(make_groups(seed=s)).metrics["learn/lr"] for s in (1, 2, 3)]
     assert rates == pytest.approx([1e-3, 0.65e-3, 0.3e-3])

@@ -56,12 +56,12 @@ def test_the_penalty_is_added_where_length_cut_and_stands_among_the_parts():
 
 def test_a_score_takes_the_place_of_the_sum_where_length_cut():
     """`eos_truncate_and_penalty` of summarize_from_feedback_details (ppo.py, non_eos_penalty)."""
-    raw, ends = [0.7, 3.0, 0.1, 0.4], ["stop", "length", "stop", "stop"]
+    raw, ends = [0.7, 3.0, 0.1, 0.4, 1e17], ["stop", "length", "stop", "stop", "length"]
     composed = RewardSum([Fixed("a", raw)], {"a": 1.0}, missing_eos_score=-1.0)
     (scored,) = composed.score([rollout(*ends)])
     assert isinstance(scored, ScoredRollout)
-    assert [s.value for s in scored.scores] == [0.7, -1.0, 0.1, 0.4]
-    for score in scored.scores:
+    assert [s.value for s in scored.scores] == [0.7, -1.0, 0.1, 0.4, -1.0]
+    for score in scored.scores[:-1]:
         assert score.value == pytest.approx(sum(score.parts.values()))
     with pytest.raises(ValueError, match="leave one of them empty"):
         ScoreConfig(missing_eos_penalty=-1.0, missing_eos_score=-1.0)
