@@ -25,10 +25,14 @@ from distrl.actors.handles import (
 from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec, sampler_seed
+from distrl.learn.allocator import FROM_THE_START
 from distrl.learn.spec import LearnerSpec, Place
 
 MAX_CALLS = 10_000
 """Calls an async actor runs at once; the driver's slots are the real bound."""
+
+PASSES = {"env_vars": FROM_THE_START}
+"""Ray's word for the surroundings of an actor with passes to make."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +133,9 @@ class _Maker:
         config = self.config
         name = f"scorer-{place}"
         threads = None if config.score.gpus else max(1, int(config.score.cpus))
-        actor = self._actor("scorer", place, ScorerActor, max_concurrency=MAX_CALLS)
+        actor = self._actor(
+            "scorer", place, ScorerActor, max_concurrency=MAX_CALLS, runtime_env=PASSES
+        )
         return ScorerHandle(
             name,
             lambda: actor.remote(
@@ -157,7 +163,7 @@ class _Maker:
         elsewhere = self.config.sync.transport != "shm" or self.config.cluster.address is not None
         sends = rank == 0 and elsewhere  # on one machine, an engine reads what lies there
         groups = {ASIDE: 2 * self.config.generate.workers} if sends else None
-        actor = self._actor("learner", rank, LearnerActor, groups)
+        actor = self._actor("learner", rank, LearnerActor, groups, runtime_env=PASSES)
         width = max(1, int(self.config.learn.cpus))
         cores = self.mine and self.mine[rank * width : (rank + 1) * width]
         return (

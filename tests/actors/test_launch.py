@@ -12,6 +12,7 @@ from distrl.actors.handles import ASIDE
 from distrl.actors.launch import _Maker, learner_spec
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec
+from distrl.learn.allocator import FROM_THE_START
 
 
 class Noted(_Maker):
@@ -21,9 +22,11 @@ class Noted(_Maker):
         super().__init__({}, {}, Config.model_validate(sections), folder, folder, step)
         self.specs: list[EngineSpec] = []
         self.groups: Any = None
+        self.surroundings: dict[str, Any] = {}
 
     def _actor(self, role: str, place: int, cls: type, groups: Any = None, **options: Any) -> Any:
         self.groups = groups
+        self.surroundings[role] = options.get("runtime_env")
         return SimpleNamespace(remote=lambda *given: self.specs.append(given[1]))
 
 
@@ -69,3 +72,12 @@ def test_what_a_sync_asks_of_the_learner_does_not_wait_for_its_step(
     learner = maker.learner(learner_spec(maker.config, tmp_path, None, tmp_path))
     assert (maker.groups is not None and ASIDE in maker.groups) == beside
     assert learner.sync_timeout_s == maker.generator(0, learner).sync_timeout_s == 7
+
+
+def test_those_with_passes_to_make_start_with_the_allocator_set(tmp_path: Path) -> None:
+    maker = Noted(tmp_path)
+    learner = maker.learner(learner_spec(maker.config, tmp_path, None, tmp_path))
+    maker.scorer(0)
+    maker.generator(0, learner)
+    wanted = {"env_vars": FROM_THE_START}
+    assert maker.surroundings == {"learner": wanted, "scorer": wanted, "generator": None}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from distrl.learn.allocator import FROM_THE_START
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 
@@ -29,8 +32,24 @@ def work(mib):
     together.wait()
     return len(graph)
 
-keep_freed_memory()
 together = Barrier(1)
+"""
+
+KEEP = """
+keep_freed_memory()
+"""
+
+BUSY = """
+others = ThreadPoolExecutor(4)
+apart = Barrier(4)
+
+def ask(_):
+    apart.wait()
+    kept = [bytearray(3_000) for _ in range(100)]
+    apart.wait()
+    return kept
+
+started = list(others.map(ask, range(4)))
 """
 
 ALONE = """
@@ -58,9 +77,14 @@ print(round(kept), round(resident_mib() - before))
 """
 
 
-def _printed(program: str) -> list[int]:
-    words = [sys.executable, "-c", START + program]
-    answer = subprocess.run(words, check=True, capture_output=True, text=True)
+def _printed(program: str, **environment: str) -> list[int]:
+    answer = subprocess.run(
+        [sys.executable, "-c", START + program],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
     return [int(word) for word in answer.stdout.split()]
 
 
@@ -71,12 +95,21 @@ def _printed(program: str) -> list[int]:
 def test_freed_blocks_are_used_again(program, mib):
     """As glibc comes, the kernel is asked for all 40,000 pages of a graph again. It takes some
     turns until small things that stay have found places between large ones."""
-    assert _printed(program.format(mib=mib))[0] < 4_000
+    assert _printed(KEEP + program.format(mib=mib))[0] < 4_000
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("mib", [4, 80])
+def test_in_a_process_with_threads_of_its_own_they_are_from_the_start(mib):
+    """A Ray actor's threads have arenas before it can ask for anything."""
+    program = BUSY + KEEP + THREADS.format(mib=mib)
+    assert _printed(program, **FROM_THE_START)[0] < 4_000
 
 
 @pytest.mark.slow
 @linux
 def test_what_a_stage_leaves_can_be_given_back():
-    kept, left = _printed(RETURN)
+    kept, left = _printed(KEEP + RETURN)
     assert kept > 150
     assert left < 20
