@@ -17,8 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
+
+from distrl.learn.allocator import FROM_THE_START
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -78,8 +81,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def apart(work: Callable[..., Any], *words: Any) -> Any:
-    """`work(*words)` in a process of its own, so that what it loads is not in this one."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """`work(*words)` in a process of its own, with an actor's allocator; what it loads is not in
+    this one."""
+    spawn = multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, FROM_THE_START), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(work, *words).result()
 
 
