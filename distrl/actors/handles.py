@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from distrl.actors.batching import Counter, packed
-from distrl.actors.process import node_id, remove, tail
+from distrl.actors.process import end_group, node_id, remove, tail
 from distrl.actors.sending import deadline, send
 from distrl.learn.spec import Place
 from distrl.records import (
@@ -142,6 +143,7 @@ class GeneratorHandle(DeskHandle):
     engine_workers: int = 1
     sync_timeout_s: float = 120
     _left: Sequence[Path] = ()
+    _process: psutil.Process | None = None
     _starts = 0
 
     async def come_up(self) -> None:
@@ -149,14 +151,21 @@ class GeneratorHandle(DeskHandle):
         is asked for before as well as after."""
         actor = self.running()
         self._starts += 1
+        pid = await self.alive(actor.pid.remote())
+        if self.node == node_id():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process = psutil.Process(pid)
         self._left = await self.alive(actor.left_when_killed.remote())
         await self.alive(actor.start.remote())
         self._left = await self.alive(actor.left_when_killed.remote())
 
     async def close(self) -> None:
-        """An engine that was killed cannot tidy up: what is left of it on this machine is removed
-        here."""
+        """An engine that was killed cannot tidy up, nor one that is only starting be told to end:
+        what is left of either on this machine is ended and removed here."""
         await super().close()
+        process, self._process = self._process, None
+        if process is not None:
+            await asyncio.to_thread(end_group, process)
         left, self._left = self._left, ()
         if left and self.node == node_id():
             for path in left:

@@ -16,6 +16,11 @@ import ray
 
 from distrl.generate.engine import SOCKETS
 
+END_TIMEOUT_S = 5
+"""A process that was killed is gone by then."""
+
+TRACKER = "multiprocessing.resource_tracker"
+
 
 def log_to(path: Path) -> None:
     """Send this process's output, and that of its children, to `path` (appended)."""
@@ -64,6 +69,24 @@ def left_when_killed() -> list[Path]:
             found |= set(re.findall(r"(/dev/shm/psm_\w+)$", maps, re.MULTILINE))
     sockets = Path(tempfile.gettempdir()).glob(f"{SOCKETS}{os.getpid()}-*")
     return [*(Path(path) for path in sorted(found)), *sockets]
+
+
+def end_group(leader: psutil.Process) -> None:
+    """Kill a process of this machine and what it has left of its process group.
+
+    An engine ends with its actor by itself, but not in its first seconds: it knows nothing of us
+    until it has imported vLLM. Python's resource tracker is spared, as it frees the others' shared
+    memory, and then ends.
+    """
+    with contextlib.suppress(psutil.Error):
+        leader.kill()
+        leader.wait(END_TIMEOUT_S)  # from now on it starts no more of them
+    if psutil.pid_exists(leader.pid):
+        return  # somebody else's by now, or stuck in the kernel
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == leader.pid and TRACKER not in " ".join(process.cmdline()):
+                process.kill()
 
 
 def remove(path: Path) -> None:

@@ -88,6 +88,9 @@ class GeneratorActor:
         await self.generator.start()
         keep_to(self.cores)
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def left_when_killed(self) -> list[Path]:
         return left_when_killed()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import ray
 from distrl.actors import handles, sending
 from distrl.actors.batching import Desk
 from distrl.actors.handles import ASIDE, ActorHandle, GeneratorHandle, LearnerHandle
-from distrl.actors.process import log_to, node_id, tail
+from distrl.actors.process import end_group, log_to, node_id, tail
 from distrl.actors.workers import remote
 from distrl.learn.spec import Place
 from distrl.records import GroupInfo, Prompt, Rollout, Sample, VersionSpan, Weights
@@ -340,3 +342,69 @@ def test_the_tail_of_a_log(tmp_path: Path) -> None:
     assert tail(log) == f"(no log at {log})"
     log.write_text("\n".join(f"line {k}" for k in range(100)))
     assert tail(log, 2) == f"last lines of {log}:\nline 98\nline 99"
+
+
+STARTS_ONE = """
+import subprocess, sys, time
+from multiprocessing import shared_memory
+memory = shared_memory.SharedMemory(create=True, size=64)  # watched by a resource tracker
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(below.pid, memory.name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_is_ended_with_its_group_and_its_memory_freed() -> None:
+    """Whichever way the process itself ended."""
+    for before in ("running", "killed"):
+        leader = subprocess.Popen(
+            [sys.executable, "-c", STARTS_ONE],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            process_group=0,
+        )
+        assert leader.stdout is not None
+        pid, memory = leader.stdout.readline().split()
+        known, below = psutil.Process(leader.pid), psutil.Process(int(pid))
+        if before == "killed":
+            leader.kill()
+            leader.wait()
+        end_group(known)
+        below.wait(60)
+        deadline = time.monotonic() + 60
+        while Path("/dev/shm", memory).exists():
+            assert time.monotonic() < deadline, "the tracker was killed too"
+            time.sleep(0.1)
+        leader.stdout.close()
+
+
+class Starting(Worker):
+    """A generator whose engine is only starting, which keeps it from hearing anything."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__(log)
+        os.setpgid(0, 0)
+
+    async def start(self) -> None:
+        below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        self.queue.with_suffix(".pid").write_text(str(below.pid))
+        time.sleep(600)
+
+
+async def test_an_engine_that_is_only_starting_ends_with_its_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "CLOSE_TIMEOUT_S", 0.5)
+    log = tmp_path / "starting.log"
+    actor = remote(Starting)
+    generator = GeneratorHandle("starting", lambda: actor.remote(log), log, 600)
+    starting = asyncio.create_task(generator.start())
+    note = tmp_path / "starting.pid"
+    while not (note.exists() and note.read_text()):
+        await asyncio.sleep(0.1)
+    engine = psutil.Process(int(note.read_text()))
+    await generator.close()
+    engine.wait(60)
+    with pytest.raises(WorkerDied):
+        await starting

@@ -193,6 +193,9 @@ class Engine:
 
     async def start(self) -> None: ...
 
+    async def pid(self) -> int:
+        return os.getpid()
+
     async def left_when_killed(self) -> list[Path]:
         return []
 
