@@ -32,7 +32,8 @@ MAX_CALLS = 10_000
 """Calls an async actor runs at once; the driver's slots are the real bound."""
 
 PASSES = {"env_vars": FROM_THE_START}
-"""Ray's word for the surroundings of an actor with passes to make."""
+"""The runtime_env, as Ray calls it, of an actor that makes passes. It replaces tunables of the
+user's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

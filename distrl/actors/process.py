@@ -72,7 +72,8 @@ def left_when_killed() -> list[Path]:
 
 
 def end_group(leader: psutil.Process) -> None:
-    """Kill a process of this machine and what it has left of its process group.
+    """Kill the leader of a process group on this machine, if it is still there, and all the others.
+    It blocks for up to END_TIMEOUT_S.
 
     An engine ends with its actor by itself, but not in its first seconds: it knows nothing of us
     until it has imported vLLM. Python's resource tracker is spared, as it frees the others' shared
