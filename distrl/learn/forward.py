@@ -33,7 +33,6 @@ class PolicyModel(nn.Module):
     def forward(
         self,
         ids_BL: Tensor,
-        lengths_B: Tensor,
         chosen_BL: Tensor,
         tokens_N: Tensor | None,
         temperature: float = 1.0,
@@ -41,7 +40,7 @@ class PolicyModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """states_ND, logprobs_N and entropy_N (nats) at the places that `chosen_BL` marks, where
         `tokens_N` came next; both are empty without tokens. `ids_BL` right-padded."""
-        states_ND = token_states(self.model.base_model, ids_BL, lengths_B, chosen_BL)
+        states_ND = token_states(self.model.base_model, ids_BL, chosen_BL)
         if tokens_N is None:
             nothing = states_ND.new_zeros(0)
             return states_ND, nothing, nothing
@@ -53,7 +52,7 @@ class PolicyModel(nn.Module):
 
 def response_states(policy: PolicyModel, batch: Experience) -> Tensor:
     """states_ND: the policy's hidden states in which the N response tokens were chosen."""
-    return policy(batch.ids_BL, batch.lengths_B, _predicting(batch), None)[0]
+    return policy(batch.ids_BL, _predicting(batch), None)[0]
 
 
 def response_logprobs(
@@ -67,7 +66,6 @@ def response_logprobs(
     mask_BT = batch.mask_BT
     states_ND, logprobs_N, entropy_N = policy(
         batch.ids_BL,
-        batch.lengths_B,
         _predicting(batch),
         batch.tokens_BT[mask_BT],
         temperature,
@@ -113,7 +111,7 @@ def response_values(
     `states_ND` are those of `response_states`, where the critic stands on the policy's body.
     """
     if states_ND is None:
-        values_N = critic(batch.ids_BL, batch.lengths_B, _predicting(batch))
+        values_N = critic(batch.ids_BL, _predicting(batch))
     else:
         values_N = critic.on(states_ND)
     return _spread(values_N, batch.mask_BT)

@@ -325,8 +325,7 @@ class PolicyLearner:
         """[K-1]: log p(probe[1:]), nats, at temperature 1."""
         ids = torch.from_numpy(probe).long().to(self.device)
         everywhere = torch.ones((1, len(ids) - 1), dtype=torch.bool, device=self.device)
-        length = torch.tensor([len(ids) - 1], device=self.device)
-        _, logprobs, _ = self.networks.policy(ids[None, :-1], length, everywhere, ids[1:])
+        _, logprobs, _ = self.networks.policy(ids[None, :-1], everywhere, ids[1:])
         return logprobs.cpu().numpy()
 
     # -- state --------------------------------------------------------------------

@@ -330,9 +330,8 @@ def pretrain_backward(
                 [examples[row] for row in part.tolist()], batch_first=True
             ).to(device)
             places = torch.arange(ids.shape[1], device=device)
-            mine = lengths[part].to(device)
-            chosen = places < (mine - 1)[:, None]
-            _, logprobs, _ = networks.policy(ids, mine, chosen, ids[:, 1:][chosen[:, :-1]])
+            chosen = places < (lengths[part].to(device) - 1)[:, None]
+            _, logprobs, _ = networks.policy(ids, chosen, ids[:, 1:][chosen[:, :-1]])
             loss = -logprobs.sum() * counts / tokens
             gradients.backward(coef * loss)
             total += loss.detach()

@@ -70,13 +70,13 @@ class ScalarModel(nn.Module):
         """A head on the policy's own body, which both then share; it answers 0 at first."""
         return cls(cast(PreTrainedModel, policy.base_model), zero_head=True)
 
-    def forward(self, ids_BT: Tensor, lengths_B: Tensor, chosen_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, chosen_BT: Tensor) -> Tensor:
         """values_N, float32, on the normalised scale, after the tokens that `chosen_BT` marks;
         `ids_BT` right-padded.
 
         `reward` and `values` come through here, so that a sharded model's hooks run.
         """
-        return self.on(token_states(self.body, ids_BT, lengths_B, chosen_BT))
+        return self.on(token_states(self.body, ids_BT, chosen_BT))
 
     def on(self, hidden: Tensor) -> Tensor:
         """The number at each of the body's hidden states, [..., D] -> [...]."""
@@ -87,7 +87,7 @@ class ScalarModel(nn.Module):
         """values_BT: a value after reading each token; 0 at and beyond the row's length."""
         place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         inside_BT = place_T < lengths_B.unsqueeze(1)
-        values_N = self(ids_BT, lengths_B, inside_BT)
+        values_N = self(ids_BT, inside_BT)
         return values_N.new_zeros(ids_BT.shape).masked_scatter(inside_BT, values_N)
 
     def reward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:

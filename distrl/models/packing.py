@@ -52,15 +52,19 @@ class Packing(NamedTuple):
         return cls(places_N, tokens_BL, inside_BL, starts.int())
 
 
-def token_states(body: nn.Module, ids_BL: Tensor, lengths_B: Tensor, chosen_BL: Tensor) -> Tensor:
+def token_states(body: nn.Module, ids_BL: Tensor, chosen_BL: Tensor) -> Tensor:
     """states_ND: the body's last hidden states at the places that `chosen_BL` marks, row by row.
 
-    `ids_BL` are right-padded, and no pad may be chosen. Packed where `pack` has made it so.
+    A row is read as far as its last chosen token, for no token sees those after it: so no pad may
+    be chosen, and pads may hold anything. Packed where `pack` has made it so.
     """
+    offsets_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    lengths_B = (chosen_BL * (offsets_L + 1)).amax(1).clamp(min=1)
+    width = int(lengths_B.max())
+    ids_BL, chosen_BL, offsets_L = ids_BL[:, :width], chosen_BL[:, :width], offsets_L[:width]
     if cast(PreTrainedModel, body).config._attn_implementation != PACKED:
         hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
         return hidden_BLD[chosen_BL]
-    offsets_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     inside_BL = offsets_L < lengths_B[:, None]
     hidden_1MD = body(
         input_ids=ids_BL[inside_BL][None],
@@ -88,13 +92,12 @@ def pack(model: PreTrainedModel) -> bool:
     body, before = model.base_model, model.config._attn_implementation or "eager"
     device = next(model.parameters()).device
     ids_BL = torch.arange(10, device=device).view(2, 5) % config.vocab_size
-    lengths_B = torch.tensor([3, 5], device=device)
-    inside_BL = torch.arange(5, device=device) < lengths_B[:, None]
+    inside_BL = torch.arange(5, device=device) < torch.tensor([[3], [5]], device=device)
     try:
         with torch.no_grad():
-            padded_ND = token_states(body, ids_BL, lengths_B, inside_BL)
+            padded_ND = token_states(body, ids_BL, inside_BL)
             model.set_attn_implementation(PACKED)
-            packed_ND = token_states(body, ids_BL, lengths_B, inside_BL)
+            packed_ND = token_states(body, ids_BL, inside_BL)
         gap = (packed_ND - padded_ND).abs().max() / padded_ND.abs().max()
         if gap <= TOLERANCE:
             return True

@@ -45,10 +45,10 @@ def chosen_BL():
     return (places >= LENGTHS_B[:, None] // 2) & (places < LENGTHS_B[:, None])
 
 
-def read(model, ids_BL, lengths_B, chosen):
+def read(model, ids_BL, chosen):
     """States and the gradients of a loss in which every state counts differently."""
     model.zero_grad(set_to_none=True)
-    states_ND = token_states(model.base_model, ids_BL, lengths_B, chosen)
+    states_ND = token_states(model.base_model, ids_BL, chosen)
     weights = torch.linspace(-1, 1, states_ND.numel()).view_as(states_ND)
     (states_ND.sin() * weights).sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -61,10 +61,10 @@ KINDS = ["llama", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi", "granite", "gpt2
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_and_padded_passes_agree(kind, ids_BL):
     model = new_model(kind)
-    padded, padded_grads = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    padded, padded_grads = read(model, ids_BL, chosen_BL())
     assert pack(model)
     assert model.config._attn_implementation == PACKED
-    packed, packed_grads = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    packed, packed_grads = read(model, ids_BL, chosen_BL())
     close(packed, padded)
     assert len(packed_grads) == len(padded_grads) > 10
     for mine, theirs in zip(packed_grads, padded_grads, strict=True):
@@ -75,7 +75,7 @@ def test_packed_sequences_are_as_if_alone(ids_BL):
     model = new_model()
     assert pack(model)
     inside_BL = torch.arange(17) < LENGTHS_B[:, None]
-    together = token_states(model.base_model, ids_BL, LENGTHS_B, inside_BL)
+    together = token_states(model.base_model, ids_BL, inside_BL)
     alone = [
         model.base_model(input_ids=row[None, :length], use_cache=False).last_hidden_state[0]
         for row, length in zip(ids_BL, LENGTHS_B.tolist(), strict=True)
@@ -86,9 +86,9 @@ def test_packed_sequences_are_as_if_alone(ids_BL):
 def test_what_stands_on_pads_is_never_read(ids_BL):
     model = new_model()
     assert pack(model)
-    clean, clean_grads = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    clean, clean_grads = read(model, ids_BL, chosen_BL())
     inside_BL = torch.arange(17) < LENGTHS_B[:, None]
-    other, other_grads = read(model, torch.where(inside_BL, ids_BL, 95), LENGTHS_B, chosen_BL())
+    other, other_grads = read(model, torch.where(inside_BL, ids_BL, 95), chosen_BL())
     assert torch.equal(clean, other)
     assert all(map(torch.equal, clean_grads, other_grads))
 
@@ -98,8 +98,23 @@ def test_layers_compute_on_tokens_alone(ids_BL):
     assert pack(model)
     seen = []
     model.model.layers[1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
-    token_states(model.base_model, ids_BL, LENGTHS_B, chosen_BL())
+    token_states(model.base_model, ids_BL, chosen_BL())
     assert seen == [(1, int(LENGTHS_B.sum()), 64)]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_are_read_as_far_as_their_last_chosen_token(packed, ids_BL):
+    """A learner has no use for what comes after a response's last token."""
+    model = new_model()
+    assert not packed or pack(model)
+    whole = token_states(model.base_model, ids_BL, torch.arange(17) < LENGTHS_B[:, None])
+    ends_B = torch.tensor([0, 8, 1, 16])  # nothing is asked of the first
+    chosen = torch.arange(17) == ends_B[:, None] - 1
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    states_ND = token_states(model.base_model, ids_BL, chosen)
+    close(states_ND, whole[(LENGTHS_B.cumsum(0) - LENGTHS_B + ends_B - 1)[1:]])
+    assert seen == ([(1, 1 + 8 + 1 + 16, 64)] if packed else [(4, 16, 64)])
 
 
 @pytest.mark.parametrize(
@@ -112,10 +127,10 @@ def test_layers_compute_on_tokens_alone(ids_BL):
 )
 def test_models_whose_tokens_see_less_or_more_keep_their_pads(kind, more, ids_BL):
     model = new_model(kind, **more)
-    before, _ = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    before, _ = read(model, ids_BL, chosen_BL())
     assert not pack(model)
     assert model.config._attn_implementation == "sdpa"
-    after, _ = read(model, ids_BL, LENGTHS_B, chosen_BL())
+    after, _ = read(model, ids_BL, chosen_BL())
     assert torch.equal(before, after)
 
 
@@ -145,7 +160,7 @@ def test_a_packed_model_is_otherwise_what_it_was(ids_BL):
 def test_the_variable_length_kernel_agrees(ids_BL):
     model, padded_model = new_model(hidden_size=256), new_model(hidden_size=256)
     assert pack(model)
-    args = (ids_BL.cuda(), LENGTHS_B.cuda(), chosen_BL().cuda())
+    args = (ids_BL.cuda(), chosen_BL().cuda())
     padded, padded_grads = read(padded_model.cuda().bfloat16(), *args)
     packed, packed_grads = read(model.cuda().bfloat16(), *args)
     torch.testing.assert_close(packed, padded, atol=3e-2, rtol=3e-2)
