@@ -2,10 +2,10 @@
 
     python benchmarks/weight_publish.py [--shapes tiny,smollm2] [--rounds 5]
 
-A sync: the learner publishes (finite check, image in shared memory, probe), the generator pauses
-its engine, takes the image on, resumes, and proves it by the canary. The copy: all tensors
-cloned, one thread. Both in turns, the engine idle. Aim, set before the first run: at most twice
-the copy for the publication; the engine's part is reported beside it.
+A sync: the learner publishes (finite check and image in shared memory on one core, the probe on
+another), the generator pauses its engine, takes the image on, resumes, and proves it by the canary.
+The copy: all tensors cloned, one thread. Both in turns, the engine idle. Aim, set before the first
+run: at most twice the copy for the publication; the engine's part is reported beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import report
 
 from distrl.config import GenerateConfig, ModelConfig, SyncConfig
@@ -26,10 +25,12 @@ from distrl.data.smollm2 import resolve_model
 from distrl.data.tokenizer import train_tokenizer
 from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
+from distrl.models.crew import Crew
 from distrl.models.load import load_policy, new_llama, save_policy
 from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
+CORES = 2
 WORDS = "the movie is a good film and the story was not as bad as it could have been"
 
 
@@ -38,7 +39,6 @@ def main() -> None:
     parser.add_argument("--shapes", default="tiny,smollm2")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
@@ -72,7 +72,8 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
     )
     generator = VLLMGenerator("g0", spec, SyncConfig())
     await generator.start()
-    publisher = SharedMemoryPublisher()
+    crew = Crew.of_cores(CORES)
+    publisher = SharedMemoryPublisher(CORES)
     nbytes = 0
     times: dict[str, list[float]] = {"copy": [], "publish": [], "transfer": [], "canary": []}
     try:
@@ -82,7 +83,14 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
             copied = time.perf_counter()
             del copies
             published = time.perf_counter()
-            weights = publish_model(model, publisher, version=version, vocab=256, probe_tokens=24)
+            weights = publish_model(
+                model,
+                publisher,
+                version=version,
+                vocab=256,
+                probe_tokens=24,
+                together=crew.together,
+            )
             ready, nbytes = time.perf_counter(), weights.nbytes
             await generator._transfer(weights)
             held = time.perf_counter()
@@ -96,6 +104,7 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
                 times["canary"].append(proven - held)
     finally:
         publisher.close()
+        crew.close()
         await generator.close()
     middle = {name: statistics.median(values) for name, values in times.items()}
     ratio = middle["publish"] / middle["copy"]

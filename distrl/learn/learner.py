@@ -318,6 +318,7 @@ class PolicyLearner:
             transport=self.spec.transport,
             probe=probe_ids(len(self.tokenizer), self.spec.canary_tokens),
             read=self._read_probe,
+            together=self.ranks.crew.together,
         )
 
     @torch.no_grad()

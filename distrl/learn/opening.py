@@ -70,7 +70,7 @@ def read_opening(
     work: list[Callable[[], Any]] = [partial(read, load) for load in loads]
     if apart is not None:
         work += [partial(response_values, apart, batch.rows(load[0][0])) for load in loads]
-    done = ranks.crew.run(lambda each: each(), work)
+    done = ranks.crew.together(work)
     openings, values = done[: len(loads)], done[len(loads) :]
     if apart is None:
         return openings

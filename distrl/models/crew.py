@@ -60,6 +60,10 @@ class Crew:
             raise failures[0]
         return [future.result() for future in futures]
 
+    def together(self, work: Sequence[Callable[[], R]]) -> list[R]:
+        """`run` of calls that may be of different kinds."""
+        return self.run(lambda call: call(), work)
+
     def close(self) -> None:
         """End the threads. May be called twice."""
         if self._pool is not None:

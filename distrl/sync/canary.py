@@ -6,7 +6,7 @@ layer that was packed wrongly for its kernels; what the engine computes shows bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,14 @@ import torch
 
 from distrl.records import Float32s, Int32s, Weights
 from distrl.sync.memory import Bystander, SharedMemoryPublisher, Weight
+
+Together = Callable[[Sequence[Callable[[], Any]]], list[Any]]
+"""What makes some calls, at the same time if it can, and has their results in order."""
+
+
+def in_turn(work: Sequence[Callable[[], Any]]) -> list[Any]:
+    """One call after the other."""
+    return [call() for call in work]
 
 
 def publish(
@@ -25,26 +33,36 @@ def publish(
     transport: str = "shm",
     probe: Int32s,
     read: Callable[[Int32s], Float32s],
+    together: Together = in_turn,
 ) -> Weights:
     """Put a causal language model's weights into shared memory.
 
     state: the weights under the engine's names. transport: how they go on from there; what
     travels is always the image that was checked here. probe: `probe_ids`. read: the model's
-    log-probabilities on them, as `probe_logprobs` gives them. Raises NonFiniteWeights.
+    log-probabilities on them, as `probe_logprobs` gives them. together: weights are written while
+    the model reads, where it has threads for both. Raises NonFiniteWeights.
     """
-    locator, nbytes = publisher.publish(state, version)
+    (locator, nbytes), logprobs = together(
+        [partial(publisher.publish, state, version), partial(read, probe)]
+    )
     return Weights(
         version=version,
         transport=transport,
         locator=locator,
         nbytes=nbytes,
         probe_ids=probe,
-        probe_logprobs=read(probe),
+        probe_logprobs=logprobs,
     )
 
 
 def publish_model(
-    model: Any, publisher: SharedMemoryPublisher, *, version: int, vocab: int, probe_tokens: int
+    model: Any,
+    publisher: SharedMemoryPublisher,
+    *,
+    version: int,
+    vocab: int,
+    probe_tokens: int,
+    together: Together = in_turn,
 ) -> Weights:
     """`publish` of a model of transformers, on a probe of the first `vocab` ids."""
     return publish(
@@ -53,6 +71,7 @@ def publish_model(
         version=version,
         probe=probe_ids(vocab, probe_tokens),
         read=partial(probe_logprobs, model),
+        together=together,
     )
 
 

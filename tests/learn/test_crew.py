@@ -76,6 +76,20 @@ def test_each_thread_reads_its_own_sequences(new_learner, make_groups, monkeypat
     assert len(read) == 2 and sum(read.values()) == 16
 
 
+def test_one_thread_writes_the_weights_and_another_reads_the_probe(new_learner, monkeypatch):
+    learner = new_learner(threads=2)
+    both = threading.Barrier(2, timeout=60)
+    for part, name in ((learner.networks.policy, "forward"), (learner.publisher, "publish")):
+        work = getattr(part, name)
+
+        def waits(*words, work=work):
+            both.wait()
+            return work(*words)
+
+        monkeypatch.setattr(part, name, waits)
+    assert learner.publish().version == 0
+
+
 def test_a_thread_that_is_held_up_leaves_the_rest_to_the_other(
     new_learner, make_groups, monkeypatch
 ):

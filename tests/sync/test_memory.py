@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load, load_file
 
 from distrl.models import load_policy
-from distrl.sync.canary import probe_ids, probe_logprobs, publish_model
+from distrl.models.crew import Crew
+from distrl.sync.canary import probe_ids, probe_logprobs, publish, publish_model
 from distrl.sync.memory import (
     KEPT_VERSIONS,
     NonFiniteWeights,
@@ -219,6 +221,40 @@ def test_a_publication_carries_the_learners_own_numbers_on_a_probe(tiny_policy, 
             expected = torch.log_softmax(model(input_ids=ids).logits[0, -1], -1)
         got = weights.probe_logprobs[place - 1]
         assert got == pytest.approx(expected[weights.probe_ids[place]].item(), abs=1e-5)
+
+
+class Waiting:
+    """A weight that is put together once somebody else has come as far."""
+
+    dtype, shape = torch.float32, torch.Size([2])
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self.barrier = barrier
+
+    def full_tensor(self) -> torch.Tensor:
+        self.barrier.wait()
+        return torch.ones(2)
+
+
+def test_weights_are_written_while_the_model_reads(publisher):
+    both = threading.Barrier(2, timeout=10)
+
+    def read(probe):
+        both.wait()
+        return probe.astype(np.float32)
+
+    crew = Crew(2)
+    weights = publish(
+        {"w": Waiting(both)},
+        publisher,
+        version=1,
+        probe=probe_ids(9, 3),
+        read=read,
+        together=crew.together,
+    )
+    crew.close()
+    assert load_file(weights.locator)["w"].tolist() == [1, 1]
+    assert np.array_equal(weights.probe_logprobs, weights.probe_ids)
 
 
 def test_the_probe_sees_a_head_that_stayed_behind(tiny_policy):
