@@ -25,6 +25,8 @@ from distrl.learn.allocator import FROM_THE_START
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
+COLOURS = 10
+"""Lines that matplotlib tells apart by colour; what comes after them is dashed."""
 
 
 def distrl(*words: str) -> None:
@@ -104,11 +106,12 @@ def plot_rewards(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, run in rows.items():
-        axes.plot([row["samples/total"] for row in run], [reward(row) for row in run], label=name)
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for place, (name, run) in enumerate(rows.items()):
+        samples, style = [row["samples/total"] for row in run], "-" if place < COLOURS else "--"
+        axes.plot(samples, [reward(row) for row in run], style, label=name)
     axes.set(xlabel="samples", ylabel="reward")
-    axes.legend(title=title)
+    figure.legend(title=title, loc="outside right upper")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
