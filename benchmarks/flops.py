@@ -29,10 +29,10 @@ def step_flops(
     policy: Any, lengths_B: Tensor, responses_B: Tensor, *, epochs: int, minibatches: int
 ) -> float:
     """Of what PPO with a critic of its own, in the policy's shape, can't do without: the reference
-    reads everything, policy and critic all but the first minibatch, and a way there and back of
-    three passes in every epoch."""
+    reads everything but last tokens, which have no successor, policy and critic all of that but the
+    first minibatch, and a way there and back of three passes in every epoch."""
     with_head, without = (
-        forward_flops(policy, lengths_B, responses_B, head=head) for head in (True, False)
+        forward_flops(policy, lengths_B - 1, responses_B, head=head) for head in (True, False)
     )
     own = 1 - 1 / minibatches + 3 * epochs
     return with_head + own * (with_head + without)

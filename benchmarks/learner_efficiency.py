@@ -5,12 +5,13 @@ share of the device's arithmetic that a step makes use of.
     python benchmarks/learner_efficiency.py --shape qwen2.5-0.5b      (a GPU, in bfloat16)
 
 Ours: a PPO step (policy, reference and critic read once, then one epoch of minibatches with both
-optimizers) on rollouts of mixed length, 12 + 8 to 48 tokens. Bare: as many tokens in batches
-without a pad, and on them only the passes that PPO cannot do without, by transformers itself:
-one forward of the reference, one of policy and critic on all but the first minibatch, and one
-forward and backward of a language-model loss and of a critic's, with the same optimizers; torch's
-threads inside its operations, as it comes. The two in turns, random weights. Useful tokens are
-those of prompts and responses. Threshold, set before the first run: 0.9.
+optimizers) on rollouts of mixed length, 12 + 8 to 48 tokens. Bare: as many tokens as ours reads
+(all but the last of each sequence) in batches without a pad, and on them only the passes that PPO
+cannot do without, by transformers itself: one forward of the reference, one of policy and critic on
+all but the first minibatch, and one forward and backward of a language-model loss and of a
+critic's, with the same optimizers; torch's threads inside its operations, as it comes. The two in
+turns, random weights. Useful tokens are those of prompts and responses. Threshold, set before the
+first run: 0.9.
 
 With --shape the learner alone, over a model of that shape with random weights, on 64 rollouts of
 256 + 128 to 768 tokens (--samples, --prompt, --shortest, --longest), in bfloat16 with float32
@@ -264,8 +265,8 @@ class _Bare:
     def __init__(self, learner: PolicyLearner, threads: int) -> None:
         self.threads = threads
         self.networks, self.micro_tokens = learner.networks, learner.config.micro_tokens
-        tokens = int(make_batch(learner.version).lengths_B.sum())
-        width = SMALL.prompt + (SMALL.shortest + SMALL.longest) // 2
+        tokens = int((make_batch(learner.version).lengths_B - 1).sum())
+        width = SMALL.prompt + (SMALL.shortest + SMALL.longest) // 2 - 1
         rows = round(tokens / width)
         self.batches = torch.randint(3, 2000, (rows, width)).split(rows // 2)
         self.optimizers = [optimizer_for(part, learner.config) for part in self.networks.trained]

@@ -2,8 +2,8 @@
 
     python benchmarks/weight_publish.py [--shapes tiny,smollm2] [--rounds 5]
 
-A sync: the learner publishes (finite check and image in shared memory on one core, the probe on
-another), the generator pauses its engine, takes the image on, resumes, and proves it by the canary.
+A sync: the learner publishes (finite check and image in shared memory, the probe beside them), the
+generator pauses its engine, takes the image on, resumes, and proves it by the canary.
 The copy: all tensors into memory that is there already, one thread; into new memory it takes up to
 five times as long, or not, as the allocator has it. Both in turns, the engine idle. Aim, set before
 the first run: at most twice the copy for the publication; the engine's part is reported beside it.
@@ -84,7 +84,6 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
             for copy, parameter in zip(copies, model.parameters(), strict=True):
                 copy.copy_(parameter.detach())
             copied = time.perf_counter()
-            published = time.perf_counter()
             weights = publish_model(
                 model,
                 publisher,
@@ -101,7 +100,7 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
             assert gap < 1e-3, gap
             if version > 1:  # the first touches everything for the first time
                 times["copy"].append(copied - began)
-                times["publish"].append(ready - published)
+                times["publish"].append(ready - copied)
                 times["transfer"].append(held - ready)
                 times["canary"].append(proven - held)
     finally:
