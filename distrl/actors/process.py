@@ -17,7 +17,7 @@ import ray
 from distrl.generate.engine import SOCKETS
 
 END_TIMEOUT_S = 5
-"""A process that was killed is gone by then."""
+"""A process that was told to end, or was killed, is gone by then."""
 
 TRACKER = "multiprocessing.resource_tracker"
 
@@ -72,16 +72,20 @@ def left_when_killed() -> list[Path]:
 
 
 def end_group(leader: psutil.Process) -> None:
-    """Kill the leader of a process group on this machine, if it is still there, and all the others.
-    It blocks for up to END_TIMEOUT_S.
+    """See the leader of a process group on this machine to its end, and kill all the others.
+    It blocks for up to twice END_TIMEOUT_S.
 
-    An engine ends with its actor by itself, but not in its first seconds: it knows nothing of us
-    until it has imported vLLM. Python's resource tracker is spared, as it frees the others' shared
-    memory, and then ends.
+    The leader has been told to end, and is killed only where it does not: of a worker that goes
+    without taking leave Ray says that it crashed. An engine ends with its actor by itself, but not
+    in its first seconds: it knows nothing of us until it has imported vLLM. Python's resource
+    tracker is spared, as it frees the others' shared memory, and then ends.
     """
     with contextlib.suppress(psutil.Error):
-        leader.kill()
-        leader.wait(END_TIMEOUT_S)  # from now on it starts no more of them
+        try:
+            leader.wait(END_TIMEOUT_S)
+        except psutil.TimeoutExpired:
+            leader.kill()
+            leader.wait(END_TIMEOUT_S)  # from now on it starts no more of them
     if psutil.pid_exists(leader.pid):
         return  # somebody else's by now, or stuck in the kernel
     for process in psutil.process_iter():

@@ -379,6 +379,24 @@ def test_a_process_is_ended_with_its_group_and_its_memory_freed() -> None:
         leader.stdout.close()
 
 
+TAKES_LEAVE = """
+import time
+print("ending", flush=True)
+time.sleep(0.5)
+print("bye", flush=True)
+"""
+
+
+def test_a_process_that_is_ending_may_take_leave() -> None:
+    """Of one that is killed while it does, Ray says on the screen that it crashed."""
+    words = [sys.executable, "-c", TAKES_LEAVE]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, process_group=0) as leader:
+        assert leader.stdout is not None
+        assert leader.stdout.readline() == "ending\n"
+        end_group(psutil.Process(leader.pid))
+        assert leader.stdout.read() == "bye\n"
+
+
 class Starting(Worker):
     """A generator whose engine is only starting, which keeps it from hearing anything."""
 
