@@ -74,6 +74,8 @@ def nothing_left_behind() -> Iterator[None]:
     assert not processes, f"left running: {'; '.join(processes)}"
     files = [*shared.left(), *leftovers.after(30, leftovers.memory_files)]
     assert not files, f"left in memory: {', '.join(files)}"
+    senders = leftovers.after(30, leftovers.senders)
+    assert not senders, f"left waiting: {'; '.join(senders)}"
     folders = leftovers.folders()
     assert not folders, f"left among temporary files: {', '.join(map(str, folders))}"
 

@@ -21,8 +21,9 @@ SESSION = uuid.uuid4().hex
 
 MEMORY_FILE = "/memfd:distrl-weights"
 FOLDERS = ("distrl-ray-", "distrl-vllm-")
-"""As sync/memory.py, actors/cluster.py and generate/engine.py name them, none of which is imported
-here: most sessions need neither Ray nor torch. test_leftovers.py compares."""
+SENDER = "to "
+"""As sync/memory.py, actors/cluster.py, generate/engine.py and sync/collective.py name them, none
+of which is imported here: most sessions need neither Ray nor torch. test_leftovers.py compares."""
 
 SHARED = re.compile(r"/dev/shm/\S+")
 LOOK_EVERY_S = 3.0
@@ -71,6 +72,12 @@ def memory_files() -> list[str]:
             if os.readlink(descriptor).startswith(MEMORY_FILE):
                 found.append(str(descriptor))
     return found
+
+
+def senders() -> list[str]:
+    """Threads of a learner that still wait for an engine, by name: one that is inside the library
+    when Python ends has that abort, and print a stack trace behind the last test's dot."""
+    return [one.name for one in threading.enumerate() if one.name.startswith(SENDER)]
 
 
 def folders() -> list[Path]:

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ import torch
 from distrl.actors.cluster import SCRATCH
 from distrl.actors.process import remove
 from distrl.generate.engine import SOCKETS
+from distrl.records import Receiver
+from distrl.sync import collective
+from distrl.sync.image import Image
 from distrl.sync.memory import NAME, SharedMemoryPublisher
 from tests import leftovers
 
@@ -67,6 +72,23 @@ def test_weights_that_are_still_held_are_found() -> None:
     assert len(set(leftovers.memory_files()) - before) == 1
     publisher.close()
     assert set(leftovers.memory_files()) <= before
+
+
+def test_a_thread_that_waits_for_an_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, may_end = set(leftovers.senders()), threading.Event()
+
+    def nobody_comes(*_: object) -> Any:
+        may_end.wait(60)
+        raise OSError("nobody came")
+
+    monkeypatch.setitem(collective.MEET, "gloo", nobody_comes)
+    receiver = Receiver(name="g7", start=1, workers=1, near=True, timeout_s=0.1)
+    line = collective.Line("gloo", receiver, "127.0.0.1")
+    line._image = cast("Image", ())
+    with pytest.raises(collective.TransferFailed, match="did not come"):
+        line.send()
+    assert set(leftovers.senders()) - before == {"to g7 (start 1)"}
+    may_end.set()
 
 
 def test_folders_of_this_process_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
