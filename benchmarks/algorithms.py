@@ -3,10 +3,10 @@
     python benchmarks/algorithms.py [--from runs/demo] [--steps 40] [--seeds 1] [--only grpo,rloo]
 
 PPO, A2C and REINFORCE by a critic or its absence; GRPO, RLOO and DAPO by groups of four. Writes
-runs/algorithms.png: reward against samples, a line an algorithm. The area under it is the mean
-reward over all samples. Thresholds, set before the first run: each raises the reward of the last
-ten steps by one standard deviation of the SFT policy's scores at least (1.0, as rewards are
-normalised), and PPO's area is larger than A2C's and REINFORCE's.
+runs/algorithms.png: reward against samples, a line an algorithm with its seeds' range. The area
+under a run's own is its mean reward over all samples. Thresholds, set before the first run: each
+raises the reward of the last ten steps by one standard deviation of the SFT policy's scores at
+least (1.0, as rewards are normalised), and PPO's area is larger than A2C's and REINFORCE's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
         for name in options.only.split(",")
     }
     path = ROOT / "runs" / "algorithms.png"
-    plot_rewards(path, {name: those[0] for name, those in runs.items()}, "algorithm", _reward)
+    plot_rewards(path, runs, "algorithm", _reward)
     figures: dict[str, Any] = {name: _summary(those) for name, those in runs.items()}
     areas = {name: [_area(rows) for rows in those] for name, those in runs.items()}
     for name in ("a2c", "reinforce"):

@@ -96,20 +96,27 @@ def total(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 def plot_rewards(
     path: Path,
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     title: str,
     reward: Callable[[Mapping[str, Any]], float] = lambda row: row["reward/mean"],
 ) -> None:
-    """Reward against samples, a line a run; `title` says what their names are of."""
+    """Reward against samples, a line a name: the mean of its seeds, in a band from their lowest to
+    their highest; `title` says what the names are of."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for place, (name, run) in enumerate(rows.items()):
-        samples, style = [row["samples/total"] for row in run], "-" if place < COLOURS else "--"
-        axes.plot(samples, [reward(row) for row in run], style, label=name)
+    for place, (name, seeds) in enumerate(runs.items()):
+        samples, style = (
+            [row["samples/total"] for row in seeds[0]],
+            "-" if place < COLOURS else "--",
+        )
+        steps = [[reward(row) for row in step] for step in zip(*seeds, strict=True)]
+        (line,) = axes.plot(samples, list(map(statistics.fmean, steps)), style, label=name)
+        band = list(map(min, steps)), list(map(max, steps))
+        axes.fill_between(samples, *band, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="samples", ylabel="reward")
     figure.legend(title=title, loc="outside right upper")
     path.parent.mkdir(exist_ok=True)

@@ -58,7 +58,7 @@ def main() -> None:
     ahead = [a - b for a, b in zip(areas["with"], areas["without"], strict=True)]
     silent = {name: [_silent(run) for run in those] for name, those in runs.items()}
     picture = ROOT / "runs" / "dynamic_sampling.png"
-    plot_rewards(picture, {name: those[0] for name, those in rows.items()}, "dynamic sampling")
+    plot_rewards(picture, rows, "dynamic sampling")
     report(
         "Dynamic sampling on a reward of 0 or 1",
         {

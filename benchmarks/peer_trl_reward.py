@@ -48,7 +48,7 @@ def main() -> None:
     finals = {side: [_final(run, "reward/mean") for run in those] for side, those in runs.items()}
     gap = statistics.fmean(finals["ours"]) - statistics.fmean(finals["TRL"])
     picture = ROOT / "runs" / "benchmark-peer-trl-reward.png"
-    plot_rewards(picture, {side: those[0] for side, those in runs.items()}, "PPO of")
+    plot_rewards(picture, runs, "PPO of")
     report(
         f"Reward after {BATCH * options.steps:,} samples",
         {

@@ -81,9 +81,7 @@ def main() -> None:
         name: [_area(rows, options.steps, _return) for rows in of] for name, of in runs.items()
     }
     path = ROOT / "runs" / "ppo_table.png"
-    plot_rewards(
-        path, {name: of[0] for name, of in runs.items()}, "less the leash's price", _return
-    )
+    plot_rewards(path, runs, "less the leash's price", _return)
     scores = _scores(areas, [_return(of[0]) for of in runs[names[0]]])
     figures: dict[str, Any] = {
         name: _summary(runs[name], areas[name], scores[name], options.steps) for name in names

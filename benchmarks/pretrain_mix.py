@@ -59,7 +59,7 @@ def main() -> None:
     }
     rows = {name: [metrics(run) for run in those] for name, those in runs.items()}
     path = ROOT / "runs" / "pretrain_mix.png"
-    plot_rewards(path, {name: those[0] for name, those in rows.items()}, f"gamma {options.coef}")
+    plot_rewards(path, rows, f"gamma {options.coef}")
     figures: dict[str, Any] = {name: _summary(those) for name, those in rows.items()}
     risen = {split: _risen(options.source, runs, split) for split in ("validation", "test")}
     for split, of in risen.items():

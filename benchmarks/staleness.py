@@ -34,7 +34,7 @@ def main() -> None:
         for bound in bounds
     }
     path = ROOT / "runs" / "staleness.png"
-    plot_rewards(path, rows, "max_staleness")
+    plot_rewards(path, {bound: [of] for bound, of in rows.items()}, "max_staleness")
     figures: dict[str, Any] = {f"bound {bound}": _summary(of) for bound, of in rows.items()}
     for bound in bounds:
         if bound != "auto" and int(bound) >= AGES_FROM:
