@@ -27,6 +27,8 @@ MARK = "DISTRL_TEST_RUN"
 SHARED = re.compile(r"/dev/shm/\S+")
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """When all of Ray is killed, these try for a minute to tell it so, and end then."""
+NOISE = ("Traceback", "(raylet)", "Warning", "INFO", "[W")
+"""What libraries say of themselves; it belongs in the logs."""
 START_S = 480
 """Ray and the engines are up within this time, on a loaded machine too."""
 
@@ -131,6 +133,11 @@ class Run:
     def interrupt(self, number: signal.Signals) -> None:
         """As a terminal does: the whole process group gets the signal."""
         os.killpg(self.process.pid, number)
+
+    def assert_quiet(self) -> None:
+        """Nobody but distrl has said anything on the screen."""
+        for noise in NOISE:
+            assert noise not in self.output, self.output
 
     def assert_nothing_left(self, within_s: float, but: tuple[str, ...] = ()) -> None:
         """No process but those named so, and no file in shared memory."""
