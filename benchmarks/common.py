@@ -109,10 +109,8 @@ def plot_rewards(
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for place, (name, seeds) in enumerate(runs.items()):
-        samples, style = (
-            [row["samples/total"] for row in seeds[0]],
-            "-" if place < COLOURS else "--",
-        )
+        samples = [row["samples/total"] for row in seeds[0]]
+        style = "-" if place < COLOURS else "--"
         steps = [[reward(row) for row in step] for step in zip(*seeds, strict=True)]
         (line,) = axes.plot(samples, list(map(statistics.fmean, steps)), style, label=name)
         band = list(map(min, steps)), list(map(max, steps))
