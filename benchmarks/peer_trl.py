@@ -10,12 +10,13 @@ heads. The work is all of a PPO step: generation, reward, reference, updates.
 TRL's trainer has two threads and a virtual environment of its own (runs/peer_trl_venv), generates
 with transformers, and is spared what takes time only: checkpointing of activations, bfloat16,
 smaller batches, saving, evaluation. Ours is `distrl train` as a user would run it: asynchronous, a
-step behind (`peer_trl_reward.py` has what that costs), vLLM on one core and a compiled learner on
-both. The two sides take turns, with the same weights, prompts and seeds. A step's time runs to the
-end of the next; the first two are left out, and our last one, which has no generation beside it. So
-that all responses are equally long, the token that ends one is never sampled: workload a's output
-head is made so, workload b takes one for it that SmolLM2 never writes (6e-7). "Alone" is what TRL
-does in a step after generation against our scorer and learner in one process with two threads.
+step behind (`peer_trl_reward.py` has what that costs), vLLM on one core, learner and scorer on
+both, all of them compiled. The two take turns, with the same weights, prompts and seeds. A step's
+time runs to the end of the next; the first two are left out, and our last one, which has no
+generation beside it. So that all responses are equally long, the token that ends one is never
+sampled: workload a's output head is made so, workload b takes one for it that SmolLM2 never writes
+(6e-7). "Alone" is what TRL does in a step after generation against our scorer and learner in one
+process with two threads.
 
 Thresholds, set before the first run, in samples/s over TRL's. Critic of its own: 1.5, aim 2. Shared
 trunk and the engine's log-probabilities trusted (where they are of the present weights: a step
@@ -305,7 +306,7 @@ def _words(job: Job) -> list[str]:
         "--driver.max_staleness", "0" if job.lockstep else "1",
         "--generate.cpus", str(CORES if job.lockstep else 1),
         "--learn.cpus", str(CORES), "--learn.compile",
-        "--score.cpus", str(CORES),
+        "--score.cpus", str(CORES), "--score.compile", "--generate.compile",
         "--no-metrics.wandb",
     ]  # fmt: skip
 
@@ -319,7 +320,7 @@ def _alone(job: Job, words: Sequence[str]) -> float:
     learner = _learner(job, words)
     rewards = ModelReward(
         "model", job.folder / "reward-model", learner.tokenizer, batch_tokens=8192,
-        crew=learner.ranks.crew,
+        crew=learner.ranks.crew, compile=True,
     )  # fmt: skip
     times = []
     for seed in range(ALONE + 1):

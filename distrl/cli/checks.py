@@ -126,7 +126,10 @@ def check_models(config: Config, policy: Path | None, reward_model: Path | None)
     """What the learner would only find once it is up; of folders that are None, nothing is asked.
     Raises ModelError or ConfigError."""
     learn = config.learn
-    compiled = {"learn.compile=true": learn.compile, "learn.adam_bits=8": learn.adam_bits == 8}
+    compiled = {
+        f"{section}.compile=true": getattr(config, section).compile
+        for section in ("learn", "generate", "score")
+    } | {"learn.adam_bits=8": learn.adam_bits == 8}
     asked = [setting for setting, wanted in compiled.items() if wanted]
     if asked and not any(map(shutil.which, COMPILERS)):
         raise ConfigError(

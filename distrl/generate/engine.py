@@ -96,7 +96,7 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
         distributed_executor_backend=None if on_gpu else ONE_PROCESS,
         gpu_memory_utilization=spec.config.gpu_memory,
         kv_cache_memory_bytes=None if on_gpu else int(spec.config.kv_cache_gib * 2**30),
-        enforce_eager=not on_gpu,
+        enforce_eager=not (on_gpu or spec.config.compile),
         enable_prefix_caching=True,
         async_scheduling=False,
         scheduling_policy="priority",
@@ -117,7 +117,8 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
         DIE_WITH_PARENT: str(os.getpid()),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_CPU_CI_ENV": "1",  # skips a warm-up that small engines do not need
+        # "1" skips a warm-up that small engines do not need, and has nothing compiled.
+        "VLLM_CPU_CI_ENV": "0" if spec.config.compile else "1",
     }
     if spec.cores is not None:
         env["VLLM_CPU_OMP_THREADS_BIND"] = spec.cores

@@ -6,12 +6,15 @@ out of the hidden states first, so logits are never made for prompts or padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distrl.algo import head_logprobs, token_logprobs
 from distrl.learn.experience import Experience
+from distrl.models.compiling import compiled
 from distrl.models.heads import ScalarModel
 from distrl.models.packing import token_states
 
@@ -29,6 +32,12 @@ class PolicyModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._kept = _kept_logprobs
+
+    def compile_head(self) -> None:
+        """Have what comes after the body compiled when it is first run, as long as logits are few
+        enough to be kept."""
+        self._kept = compiled(_compilable_logprobs)
 
     def forward(
         self,
@@ -45,7 +54,7 @@ class PolicyModel(nn.Module):
             nothing = states_ND.new_zeros(0)
             return states_ND, nothing, nothing
         logprobs_N, entropy_N = logprobs_of(
-            self.model, states_ND, tokens_N, temperature, with_entropy
+            self.model, states_ND, tokens_N, temperature, with_entropy, kept=self._kept
         )
         return states_ND, logprobs_N, entropy_N
 
@@ -74,17 +83,40 @@ def response_logprobs(
     return _spread(logprobs_N, mask_BT), _spread(entropy_N, mask_BT), states_ND
 
 
+def _kept_logprobs(
+    states_ND: Tensor, head: nn.Linear, tokens_N: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs_1N, entropy_1N = token_logprobs(
+        head(states_ND)[None], tokens_N[None], temperature, with_entropy=with_entropy
+    )
+    return logprobs_1N[0], entropy_1N[0]
+
+
+def _compilable_logprobs(
+    states_ND: Tensor, head: nn.Linear, tokens_N: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """The same as one formula, whose passes over the logits a compiler joins both ways."""
+    logits_NV = head(states_ND)
+    scaled_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
+    all_NV = scaled_NV - scaled_NV.logsumexp(-1, keepdim=True)
+    logprobs_N = all_NV.gather(-1, tokens_N[:, None]).squeeze(-1)
+    if not with_entropy:
+        return logprobs_N, torch.zeros_like(logprobs_N)
+    return logprobs_N, -(all_NV.exp() * all_NV).sum(-1)
+
+
 def logprobs_of(
     policy: PreTrainedModel,
     states_ND: Tensor,
     tokens_N: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    kept: Callable[..., tuple[Tensor, Tensor]] = _kept_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """logprobs_N and entropy_N (nats) of the tokens that were chosen in the states.
 
-    Few logits are kept for the way back; many would be the largest tensor of a step, so they are
-    made in blocks and made anew.
+    Few logits are kept for the way back, by `kept`; many would be the largest tensor of a step, so
+    they are made in blocks and made anew.
     """
     head = policy.get_output_embeddings()
     assert isinstance(head, nn.Linear)  # a causal language model has one
@@ -97,10 +129,7 @@ def logprobs_of(
             bias_V=head.bias,
             with_entropy=with_entropy,
         )
-    logprobs_1N, entropy_1N = token_logprobs(
-        head(states_ND)[None], tokens_N[None], temperature, with_entropy=with_entropy
-    )
-    return logprobs_1N[0], entropy_1N[0]
+    return kept(states_ND, head, tokens_N, temperature, with_entropy)
 
 
 def response_values(

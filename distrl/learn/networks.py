@@ -15,11 +15,12 @@ from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.forward import PolicyModel
 from distrl.learn.ranks import ALONE, Ranks
+from distrl.models.compiling import compile_layers
 from distrl.models.heads import ScalarModel
 from distrl.models.load import ModelError, as_dtype, load_policy
 from distrl.models.lora import Adapter, Merged, add_adapter, merged_tensors, without_adapter
 from distrl.models.packing import pack
-from distrl.models.sharding import checkpoint_activations, compile_layers, shard
+from distrl.models.sharding import checkpoint_activations, shard
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,6 +86,8 @@ class Networks:
         if config.compile:
             for root in roots:
                 compile_layers(root)
+                if isinstance(root, PolicyModel):
+                    root.compile_head()
         for root in roots:
             if ranks.mesh is None:
                 root.to(device)

@@ -40,7 +40,7 @@ def shard(
     """
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for part in [*(layer for _, _, layer in _layers(module)), module]:
+    for part in [*(layer for _, _, layer in layers(module)), module]:
         # Also the outermost is spread again after each pass: a pass without gradient would
         # else leave its weights whole, and out of date after the next step.
         fully_shard(
@@ -54,18 +54,11 @@ def shard(
 def checkpoint_activations(module: nn.Module) -> None:
     """Each layer keeps its input alone, and is computed again on the way back (Chen et al. 2016).
     Names in the module's state stay as they are."""
-    for parent, name, layer in list(_layers(module)):
+    for parent, name, layer in list(layers(module)):
         setattr(parent, name, checkpoint_wrapper(layer))
 
 
-def compile_layers(module: nn.Module) -> None:
-    """Have each layer compiled when it is first run: sums and products that follow one another
-    become one pass over memory. It takes some seconds for each kind of pass, once on a machine."""
-    for _, _, layer in _layers(module):
-        layer.compile(dynamic=True)
-
-
-def _layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, name in it, layer) of what its model calls units that must not be split."""
     kinds = {
         kind for part in module.modules() for kind in getattr(part, "_no_split_modules", None) or ()

@@ -147,4 +147,5 @@ def _reward(
         batch_tokens=config.batch_tokens,
         device=best_device() if config.gpus else "cpu",
         crew=crew,
+        compile=config.compile,
     )

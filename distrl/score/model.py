@@ -15,6 +15,7 @@ from distrl.data.batching import pad_right, token_budget_batches
 from distrl.data.rows import Messages
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.models import ScalarModel, eos_id, reward_input
+from distrl.models.compiling import compile_layers
 from distrl.models.crew import ALONE, Crew
 from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s, Rollout
@@ -41,12 +42,16 @@ class ModelReward:
         device: torch.device | str = "cpu",
         dtype: str = "float32",
         crew: Crew = ALONE,
+        compile: bool = False,
     ) -> None:
         """Load the model in `folder`. `tokenizer` is the policy's; `crew`'s forward passes hold at
-        most `batch_tokens` together (a longer sequence goes alone). Raises ModelError."""
+        most `batch_tokens` together (a longer sequence goes alone); `compile`: its layers, at the
+        first pass. Raises ModelError."""
         self.name = name
         self.model = ScalarModel.load(folder, dtype).to(device)
         pack(self.model.body)
+        if compile:
+            compile_layers(self.model)
         self.batch_tokens, self.crew = batch_tokens, crew
         own = load_tokenizer(folder)
         self.re_encodes = tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)

@@ -1,0 +1,67 @@
+"""Compiled passes: what they come to, and by whom their products are made."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from distrl.learn.forward import PolicyModel
+from distrl.models import load_policy
+from distrl.models.compiling import compiled
+
+pytestmark = pytest.mark.slow  # what it measures is compiled first
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_product_takes_factors_as_they_lie_in_memory(rows):
+    torch.manual_seed(0)
+    lying, standing = torch.randn(rows, 7), torch.randn(7, rows).T
+    for x in (lying, standing):
+        for weight in (torch.randn(3, 7), torch.randn(7, 3).T, torch.randn(6, 7)[::2]):
+            found = torch.ops.distrl.product(x, weight)
+            torch.testing.assert_close(found, x @ weight.T, atol=1e-5, rtol=1e-5)
+
+
+def calls(made: profile) -> Counter[str]:
+    return Counter({event.key: event.count for event in made.key_averages()})
+
+
+@pytest.mark.parametrize(("dtype", "ours"), [(torch.float32, 3), (torch.float64, 0)])
+def test_onednn_makes_the_products_of_both_ways_but_weights_gradients(dtype, ours):
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
+    plain = nn.Sequential(first, nn.SiLU(), second).to(dtype)
+    quick = compiled(lambda x: plain(x))  # of torch itself nothing is compiled
+
+    def gradients(model, rows: int) -> list[torch.Tensor]:
+        x = torch.linspace(-1, 1, rows * 8, dtype=dtype).view(rows, 8)
+        return list(torch.autograd.grad(model(x).square().sum(), list(plain.parameters())))
+
+    for rows in (4, 9):
+        torch.testing.assert_close(gradients(quick, rows), gradients(plain, rows))
+    with profile(activities=[ProfilerActivity.CPU]) as made:
+        gradients(quick, 11)
+    # There and back through two layers, but nobody asks for the gradient of the first one's input.
+    assert calls(made)["distrl::product"] == ours
+    assert calls(made)["aten::mm"] == 5 - ours
+
+
+def test_a_compiled_head_tells_the_same(tiny_policy):
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (3, 9))
+    chosen, tokens = torch.ones_like(ids, dtype=torch.bool), ids.flatten()
+    plain, quick = (PolicyModel(load_policy(tiny_policy)) for _ in range(2))
+    quick.compile_head()
+    for temperature, with_entropy in ((1.0, True), (0.7, True), (0.7, False)):
+        found = []
+        for model in (plain, quick):
+            states, logprobs, entropy = model(ids, chosen, tokens, temperature, with_entropy)
+            ((logprobs * 0.3).sum() + (entropy.sum() if with_entropy else 0)).backward()
+            head = model.model.get_output_embeddings().weight
+            found.append((states, logprobs, entropy, head.grad))
+            head.grad = None
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
