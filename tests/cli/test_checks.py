@@ -302,8 +302,10 @@ def test_what_the_learner_would_find_too_late_is_told_before(
     alone = Config.model_validate({"learn": {"value": {"start": "policy"}}})
     check_models(alone, tiny_policy, tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"learn\.compile=true: this needs a C\+\+ compiler"):
-        check_models(Config.model_validate({"learn": {"compile": True}}), tiny_policy, None)
+    for section in ("learn", "generate", "score"):
+        compiles = Config.model_validate({section: {"compile": True}})
+        with pytest.raises(ConfigError, match=rf"{section}\.compile=true: this needs a C\+\+ comp"):
+            check_models(compiles, tiny_policy, None)
     lora = {"learn": {"lora": {"rank": 2, "targets": ["query"]}}}
     with pytest.raises(ModelError, match="called 'query'"):
         check_models(Config.model_validate(lora), tiny_policy, tiny_policy)

@@ -61,7 +61,7 @@ def test_a_compiled_head_tells_the_same(tiny_policy):
         for model in (plain, quick):
             states, logprobs, entropy = model(ids, chosen, tokens, temperature, with_entropy)
             ((logprobs * 0.3).sum() + (entropy.sum() if with_entropy else 0)).backward()
-            head = model.model.get_output_embeddings().weight
+            head = model.model.lm_head.weight
             found.append((states, logprobs, entropy, head.grad))
             head.grad = None
         torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from distrl.config import ModelConfig
 from distrl.data.tokenizer import encode_example, tokenizer_fingerprint, train_tokenizer
@@ -89,6 +90,15 @@ def test_a_crew_shares_the_passes_and_each_sequence_gets_its_own_score(folder, t
     np.testing.assert_allclose(shared.score_ids(rows), reward.score_ids(rows), atol=1e-5)
     assert len(readers) == 2 and sum(readers.values()) == len(rows)
     crew.close()
+
+
+@pytest.mark.slow
+def test_a_compiled_reward_model_gives_the_same_scores(folder, tokenizer, reward):
+    quick = ModelReward("rm", folder, tokenizer, batch_tokens=64, compile=True)
+    rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (7, 2, 9, 4, 12, 1, 5, 3)]
+    before = counters["stats"]["unique_graphs"]
+    np.testing.assert_allclose(quick.score_ids(rows), reward.score_ids(rows), atol=1e-5)
+    assert counters["stats"]["unique_graphs"] > before, "nothing was compiled"
 
 
 def test_forward_passes_keep_to_the_token_budget(reward, tokenizer, monkeypatch):
