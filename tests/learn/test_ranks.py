@@ -44,6 +44,7 @@ CASES = {
         "lora": {"rank": 4, "alpha": 8},
     },
     "checkpointed": {"checkpoint_activations": True, "epochs": 2},
+    "compiled": {"compile": True, "objective": {"entropy_bonus": 0.01}},
 }
 STEPS = 3
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
