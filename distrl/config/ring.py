@@ -113,7 +113,7 @@ class ScoreConfig(Section):
     )
     compile: bool = Field(
         default=False,
-        description="compile each layer of the reward models: a tenth faster on a CPU after some "
+        description="compile each layer of the reward models: a little faster on a CPU after ten "
         "seconds at the start; needs a C++ compiler",
     )
     timeout_s: float = Field(
