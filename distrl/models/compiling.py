@@ -66,17 +66,21 @@ def _backend() -> Callable[..., Any]:
 def products_by_onednn(graph: fx.Graph) -> None:
     """Replace the float32 products of `graph` that are made on a CPU, x @ wᵀ by `product(x, w)`;
     weights' gradients, gᵀ @ x, stay."""
-    turned = torch.ops.aten.permute.default
+    permute = torch.ops.aten.permute.default
+
+    def turned(factor: Any) -> bool:
+        return factor.target is permute and list(factor.args[1]) == [1, 0]
+
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
         left, right = node.args
         found = node.meta["val"]
-        if left.target is turned or found.device.type != "cpu" or found.dtype != torch.float32:
+        if turned(left) or found.device.type != "cpu" or found.dtype != torch.float32:
             continue
         with graph.inserting_before(node):
-            if right.target is turned:
+            if turned(right):
                 weight = right.args[0]
             else:
-                weight = graph.call_function(turned, (right, [1, 0]))
+                weight = graph.call_function(permute, (right, [1, 0]))
                 weight.meta["val"] = right.meta["val"].permute(1, 0)
             product = graph.call_function(torch.ops.distrl.product.default, (left, weight))
         product.meta = dict(node.meta)

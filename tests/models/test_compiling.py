@@ -16,7 +16,7 @@ from distrl.models.compiling import compiled
 pytestmark = pytest.mark.slow  # what it measures is compiled first
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [0, 1, 5])
 def test_a_product_takes_factors_as_they_lie_in_memory(rows):
     torch.manual_seed(0)
     lying, standing = torch.randn(rows, 7), torch.randn(7, rows).T
@@ -65,3 +65,8 @@ def test_a_compiled_head_tells_the_same(tiny_policy):
             found.append((states, logprobs, entropy, head.grad))
             head.grad = None
         torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        quick(ids, chosen, tokens, 1.0, True)  # compiled once more, as nobody asks for gradients
+        with profile(activities=[ProfilerActivity.CPU]) as made:
+            quick(ids, chosen, tokens, 1.0, True)
+    assert calls(made)["distrl::product"] == 1, "the head's own; layers are not compiled here"
