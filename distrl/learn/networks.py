@@ -85,7 +85,7 @@ class Networks:
                 checkpoint_activations(root)
         if config.compile:
             for root in roots:
-                compile_layers(root)
+                compile_layers(root, device)
                 if isinstance(root, PolicyModel):
                     root.compile_head()
         for root in roots:

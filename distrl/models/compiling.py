@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from distrl.models import attention
 from distrl.models.sharding import layers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -33,9 +34,11 @@ def _(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
     return x_NK.new_empty(x_NK.shape[0], weight_MK.shape[0])
 
 
-def compile_layers(module: nn.Module) -> None:
-    """Have each layer compiled when it is first run. It takes some seconds for each kind of pass,
-    once on a machine."""
+def compile_layers(module: nn.Module, device: torch.device) -> None:
+    """Have each layer compiled when it is first run, on `device`. It takes some seconds for each
+    kind of pass, once on a machine."""
+    if device.type == "cpu":
+        attention.build()
     for _, _, layer in layers(module):
         layer.compile(dynamic=True, backend=_backend())
 

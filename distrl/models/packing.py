@@ -2,8 +2,9 @@
 
 The tokens of all sequences stand one after another, so that layers compute on tokens alone; only
 attention needs to know whose they are. On a GPU in half precision it is FlashAttention's
-variable-length kernel (Dao 2023, "FlashAttention-2"); elsewhere queries, keys and values are laid
-out in padded rows for the attention alone, which is a small part of a pass.
+variable-length kernel (Dao 2023, "FlashAttention-2"), on a CPU where layers are compiled one of our
+own (`attention.py`); elsewhere queries, keys and values are laid out in padded rows for the
+attention alone, which is a small part of a pass.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from distrl.models import attention
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,10 @@ def _attention(
         )
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, packing, scaling), None
+    if attention.takes(query):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention.attention(q, k, v, packing.starts, scale)[None], None
     rows = (_Lay.apply(x[0].transpose(0, 1), packing) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in rows)
     grouped = q.shape[1] != k.shape[1]

@@ -51,7 +51,7 @@ class ModelReward:
         self.model = ScalarModel.load(folder, dtype).to(device)
         pack(self.model.body)
         if compile:
-            compile_layers(self.model)
+            compile_layers(self.model, torch.device(device))
         self.batch_tokens, self.crew = batch_tokens, crew
         own = load_tokenizer(folder)
         self.re_encodes = tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)
