@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_torch_is_told_all_about_it():
 
 
 def test_a_compiled_packed_model_reads_by_it():
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     padded, padded_grads = read(new_model(**sizes), IDS_BL, CHOSEN_BL)
     model = new_model(**sizes)
     assert pack(model)
