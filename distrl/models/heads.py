@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distrl.models.folder import replacing
 from distrl.models.load import ModelError, as_dtype, check_finite, checked_folder
-from distrl.models.packing import token_states
+from distrl.models.packing import is_packed, token_states
 from distrl.records import Int32s
 
 HEAD_FILE, META_FILE = "head.safetensors", "distrl.json"
@@ -97,6 +97,9 @@ class ScalarModel(nn.Module):
         """
         if int(lengths_B.min()) < 1:
             raise ValueError("a sequence without tokens has no reward")
+        if is_packed(self.body):  # its last layer has less to do where less is read
+            place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            return self(ids_BT, place_T == lengths_B.unsqueeze(1) - 1)
         values_BT = self.values(ids_BT, lengths_B)
         return values_BT.gather(1, (lengths_B.long() - 1).unsqueeze(1)).squeeze(1)
 

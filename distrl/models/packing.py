@@ -9,6 +9,7 @@ attention alone, which is a small part of a pass.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from distrl.models import attention
+from distrl.models.sharding import layers
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ PACKED = "distrl_packed"
 
 TOLERANCE = 1e-4
 """Largest gap, relative to the largest state, between a packed and a padded pass at start."""
+
+PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+"""What a layer of Llama's kind is made of."""
 
 
 class Packing(NamedTuple):
@@ -38,21 +43,25 @@ class Packing(NamedTuple):
         tokens_BL: at each of those places the number of its token; pads have any.
         inside_BL: False on pads.
         starts: [B + 1] int32, the number of each sequence's first token, and N.
+        read_M: numbers of the tokens whose last states are asked for, in their order.
     """
 
     places_N: Tensor
     tokens_BL: Tensor
     inside_BL: Tensor
     starts: Tensor
+    read_M: Tensor
 
     @classmethod
-    def of(cls, inside_BL: Tensor, lengths_B: Tensor) -> Packing:
-        """For right-padded rows; `inside_BL` is True on the first `lengths_B` of each."""
+    def of(cls, inside_BL: Tensor, lengths_B: Tensor, chosen_BL: Tensor) -> Packing:
+        """For right-padded rows; `inside_BL` is True on the first `lengths_B` of each, `chosen_BL`
+        on those that are asked for."""
         places_N = inside_BL.flatten().nonzero().squeeze(1)
         starts = F.pad(lengths_B.cumsum(0), (1, 0))
         offsets_L = torch.arange(inside_BL.shape[1], device=inside_BL.device)
         tokens_BL = (starts[:-1, None] + offsets_L).clamp_(max=len(places_N) - 1)
-        return cls(places_N, tokens_BL, inside_BL, starts.int())
+        read_M = chosen_BL[inside_BL].nonzero().squeeze(1)
+        return cls(places_N, tokens_BL, inside_BL, starts.int(), read_M)
 
 
 def token_states(body: nn.Module, ids_BL: Tensor, chosen_BL: Tensor) -> Tensor:
@@ -65,19 +74,25 @@ def token_states(body: nn.Module, ids_BL: Tensor, chosen_BL: Tensor) -> Tensor:
     lengths_B = (chosen_BL * (offsets_L + 1)).amax(1).clamp(min=1)
     width = int(lengths_B.max())
     ids_BL, chosen_BL, offsets_L = ids_BL[:, :width], chosen_BL[:, :width], offsets_L[:width]
-    if cast(PreTrainedModel, body).config._attn_implementation != PACKED:
+    if not is_packed(body):
         hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
         return hidden_BLD[chosen_BL]
     inside_BL = offsets_L < lengths_B[:, None]
-    hidden_1MD = body(
+    packing = Packing.of(inside_BL, lengths_B, chosen_BL)
+    hidden_D = body(
         input_ids=ids_BL[inside_BL][None],
         position_ids=offsets_L.expand_as(ids_BL)[inside_BL][None],
         # In four dimensions it counts as a finished mask, so that none is made.
         attention_mask=inside_BL[None, None],
         use_cache=False,
-        packing=Packing.of(inside_BL, lengths_B),
-    ).last_hidden_state
-    return hidden_1MD[0][chosen_BL[inside_BL]]
+        packing=packing,
+    ).last_hidden_state[0]
+    return hidden_D if len(hidden_D) == len(packing.read_M) else hidden_D[packing.read_M]
+
+
+def is_packed(body: nn.Module) -> bool:
+    """Whether `pack` has made it so."""
+    return cast(PreTrainedModel, body).config._attn_implementation == PACKED
 
 
 def pack(model: PreTrainedModel) -> bool:
@@ -92,23 +107,49 @@ def pack(model: PreTrainedModel) -> bool:
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if kinds != {"full_attention"} or any(windows):
         return False
-    body, before = model.base_model, model.config._attn_implementation or "eager"
-    device = next(model.parameters()).device
-    ids_BL = torch.arange(10, device=device).view(2, 5) % config.vocab_size
-    inside_BL = torch.arange(5, device=device) < torch.tensor([[3], [5]], device=device)
+    before = model.config._attn_implementation or "eager"
+    wanted_ND = _tried(model)
     try:
-        with torch.no_grad():
-            padded_ND = token_states(body, ids_BL, inside_BL)
-            model.set_attn_implementation(PACKED)
-            packed_ND = token_states(body, ids_BL, inside_BL)
-        gap = (packed_ND - padded_ND).abs().max() / padded_ND.abs().max()
-        if gap <= TOLERANCE:
-            return True
-        log.warning("%s reads %.1e off without pads; it gets them", type(model).__name__, gap)
+        model.set_attn_implementation(PACKED)
+        _compare(model, wanted_ND)
     except (TypeError, ValueError, RuntimeError) as error:
-        log.warning("%s cannot read without pads (%s)", type(model).__name__, error)
-    model.set_attn_implementation(before)
-    return False
+        log.warning("%s cannot read without pads: %s", type(model).__name__, error)
+        model.set_attn_implementation(before)
+        return False
+    for _, _, last in list(layers(model))[-1:]:
+        if {name for name, _ in last.named_children()} >= PARTS:
+            last.forward = functools.partial(_last_layer, last)
+            try:
+                _compare(model, wanted_ND)
+            except (TypeError, ValueError, RuntimeError):
+                del last.forward
+    return True
+
+
+@torch.no_grad()
+def _tried(model: PreTrainedModel) -> Tensor:
+    """States of some tokens of two short sequences."""
+    device = next(model.parameters()).device
+    ids_BL = torch.arange(10, device=device).view(2, 5) % model.config.get_text_config().vocab_size
+    chosen_BL = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 1]], dtype=torch.bool, device=device)
+    return token_states(model.base_model, ids_BL, chosen_BL)
+
+
+def _compare(model: PreTrainedModel, wanted_ND: Tensor) -> None:
+    """Raises ValueError where the model reads otherwise than it did."""
+    gap = (_tried(model) - wanted_ND).abs().max() / wanted_ND.abs().max()
+    if not gap <= TOLERANCE:
+        raise ValueError(f"its states are {gap:.1e} off, relative to the largest")
+
+
+def _last_layer(layer: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
+    """The last layer, in which only tokens that are read go on after attention."""
+    packing = rest.get("packing")
+    if packing is None:
+        return type(layer).forward(layer, hidden_states, **rest)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **rest)
+    states_1MD = (hidden_states + attended)[:, packing.read_M]
+    return states_1MD + layer.mlp(layer.post_attention_layernorm(states_1MD))
 
 
 def _attention(

@@ -92,7 +92,7 @@ def test_tensors_may_lie_in_memory_as_they_like():
             x.detach().permute(order).contiguous().permute(back).requires_grad_() for x in (q, k, v)
         ]
         turned = grad.permute(order).contiguous().permute(back)
-        found = attention.attention(*lying, starts, 0.3)
+        found = attention.attention(lying[0], lying[1], lying[2], starts, 0.3)
         assert torch.equal(found, wanted)
         assert all(map(torch.equal, torch.autograd.grad(found, lying, turned), ways))
 

@@ -13,6 +13,7 @@ from distrl.config import ModelConfig
 from distrl.data.tokenizer import train_tokenizer
 from distrl.models import ScalarModel, new_llama, reward_input, save_policy
 from distrl.models.load import ModelError
+from distrl.models.packing import pack
 
 SMALL = ModelConfig(hidden=64, layers=2, heads=2, vocab=300, context=32)
 
@@ -63,6 +64,16 @@ def test_the_reward_is_the_value_at_the_last_token(model):
     assert torch.equal(model.reward(ids_BT, lengths_B), values_BT[[0, 1], lengths_B - 1])
     with pytest.raises(ValueError, match="without tokens"):
         model.reward(ids_BT, torch.tensor([0, 3]))
+
+
+def test_a_packed_reward_model_goes_on_with_last_tokens_alone_in_its_last_layer(model):
+    ids_BT, lengths_B = padded([torch.randint(0, 259, (n,)) for n in (5, 8, 1)], 0)
+    before_B = model.reward(ids_BT, lengths_B)
+    assert pack(model.body)
+    seen = []
+    model.body.layers[-1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    torch.testing.assert_close(model.reward(ids_BT, lengths_B), before_B, atol=1e-5, rtol=0)
+    assert [shape[:-1] for shape in seen] == [(1, 3)]
 
 
 def test_it_reads_the_policy_s_own_hidden_states(model, policy):

@@ -97,9 +97,22 @@ def test_layers_compute_on_tokens_alone(ids_BL):
     model = new_model()
     assert pack(model)
     seen = []
-    model.model.layers[1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
     token_states(model.base_model, ids_BL, chosen_BL())
-    assert seen == [(1, int(LENGTHS_B.sum()), 64)]
+    read = int(chosen_BL().sum())
+    assert seen == [(1, int(LENGTHS_B.sum()), 64), (1, read, 64)], "the last on what is read"
+
+
+@pytest.mark.parametrize(("kind", "cut"), [(k, k in ("llama", "qwen2", "qwen3")) for k in KINDS])
+def test_the_last_layer_is_cut_where_it_is_of_llamas_kind(kind, cut, ids_BL):
+    """Granite's has the same parts, but weighs what they give."""
+    model = new_model(kind, **({"residual_multiplier": 0.5} if kind == "granite" else {}))
+    assert pack(model)
+    seen = []
+    model.base_model.register_forward_hook(lambda *args: seen.append(args[2].last_hidden_state))
+    token_states(model.base_model, ids_BL, chosen_BL())
+    assert seen[0].shape[1] == (chosen_BL().sum() if cut else LENGTHS_B.sum())
 
 
 @pytest.mark.parametrize("packed", [True, False])
