@@ -18,6 +18,11 @@ from torch import Tensor, fx, nn
 from distrl.models import attention
 from distrl.models.sharding import layers
 
+VARIANTS = 64
+"""Ways in which one function may be compiled before torch leaves it uncompiled. There are few, with
+gradients and without, of weights that are trained and not; but each of a crew's threads that comes
+to a new one makes it for itself."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("distrl", "DEF")
@@ -40,12 +45,14 @@ def compile_layers(module: nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         attention.build()
     for _, _, layer in layers(module):
-        layer.compile(dynamic=True, backend=_backend())
+        layer.compile(dynamic=True, backend=_backend(), recompile_limit=VARIANTS)
 
 
 def compiled(function: Function) -> Function:
     """`function`, compiled when it is first called."""
-    return torch.compile(function, dynamic=True, backend=_backend())  # pyright: ignore[reportReturnType]
+    return torch.compile(  # pyright: ignore[reportReturnType, reportCallIssue]
+        function, dynamic=True, backend=_backend(), recompile_limit=VARIANTS
+    )
 
 
 @functools.cache

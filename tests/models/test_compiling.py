@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,6 +50,24 @@ def test_onednn_makes_the_products_of_both_ways_but_weights_gradients(dtype, our
     # There and back through two layers, but nobody asks for the gradient of the first one's input.
     assert calls(made)["distrl::product"] == ours
     assert calls(made)["aten::mm"] == 5 - ours
+
+
+def test_it_stays_compiled_where_many_threads_begin_at_once():
+    """Each compiles for itself what no other has ready; after eight torch would give up."""
+    layer, threads = nn.Linear(8, 16, bias=False), 10
+    quick, start = compiled(lambda x: layer(x).relu()), threading.Barrier(threads, timeout=60)
+
+    def member(_: int) -> None:
+        start.wait()
+        quick(torch.ones(3, 8))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(member, range(threads)))
+    with torch.no_grad():
+        quick(torch.ones(5, 8))  # and this is another way to compile it
+        with profile(activities=[ProfilerActivity.CPU]) as made:
+            quick(torch.ones(5, 8))
+    assert calls(made)["distrl::product"] == 1
 
 
 def test_a_compiled_head_tells_the_same(tiny_policy):
