@@ -13,7 +13,7 @@
 
 namespace {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && !defined(NARROW)
 constexpr int LANES = 16, TALL = 8;
 #else
 constexpr int LANES = 8, TALL = 4;

@@ -20,8 +20,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-ffp-contract=fast",)
 LANES = 16
-"""A head's size must be a multiple of it."""
+"""A head's size must be a multiple of it: the numbers in the widest register."""
 
 _kernel: Any = None
 
@@ -39,7 +40,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> 
     """softmax(scale * q kᵀ) v, each token seeing those of its sequence up to itself.
 
     q: [N, H, d]; k, v: [N, G, d], head h of q reading head h // (H / G); d a multiple of `LANES`.
-    starts: [B + 1] int32, as in `Packing`. Returns [N, H, d].
+    All float32 on the CPU. starts: [B + 1] int32, as in `Packing`. Returns [N, H, d].
+
+    Raises ValueError for tensors that the kernel is not made for; it must have been built.
     """
     return torch.ops.distrl.attention(q, k, v, starts, scale)[0]
 
@@ -54,8 +57,7 @@ def build() -> None:
     if _kernel is not None:
         return
     try:
-        source, words = SOURCE.read_text(), ("-ffp-contract=fast",)
-        _kernel = CppCodeCache.load(source, device_type="cpu", extra_flags=words)
+        _kernel = CppCodeCache.load(SOURCE.read_text(), device_type="cpu", extra_flags=FLAGS)
     except CppCompileError as error:
         log.warning("attention is torch's own, slower one, as ours did not compile: %s", error)
 
@@ -89,6 +91,13 @@ class _Sizes(ctypes.Structure):
 
 def _call(name: str, q: Tensor, k: Tensor, starts: Tensor, scale: float, *rest: Tensor) -> None:
     """Have the kernel fill the last of the tensors, in as many threads as torch may use here."""
+    fits = q.shape[2] % LANES == 0 and q.shape[1] % k.shape[1] == 0 and starts.dtype == torch.int32
+    if not fits or any(x.dtype != torch.float32 for x in (q, k, *rest)):
+        raise ValueError(
+            f"attention of heads {tuple(q.shape)} on {tuple(k.shape)} in {q.dtype}, starts in "
+            f"{starts.dtype}: sizes must be multiples of {LANES}, heads of queries of those of "
+            "keys, numbers float32 and starts int32"
+        )
     sizes = _Sizes(
         starts.data_ptr(), len(starts) - 1, q.shape[1], k.shape[1], q.shape[2], scale,
         torch.get_num_threads(),

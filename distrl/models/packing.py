@@ -108,8 +108,8 @@ def pack(model: PreTrainedModel) -> bool:
     if kinds != {"full_attention"} or any(windows):
         return False
     before = model.config._attn_implementation or "eager"
-    wanted_ND = _tried(model)
     try:
+        wanted_ND = _tried(model)
         model.set_attn_implementation(PACKED)
         _compare(model, wanted_ND)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -128,11 +128,12 @@ def pack(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _tried(model: PreTrainedModel) -> Tensor:
-    """States of some tokens of two short sequences."""
-    device = next(model.parameters()).device
+    """States of two short sequences: all of them, and then of some tokens alone."""
+    body, device = model.base_model, next(model.parameters()).device
     ids_BL = torch.arange(10, device=device).view(2, 5) % model.config.get_text_config().vocab_size
-    chosen_BL = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 1]], dtype=torch.bool, device=device)
-    return token_states(model.base_model, ids_BL, chosen_BL)
+    inside_BL = torch.arange(5, device=device) < torch.tensor([[3], [5]], device=device)
+    some_BL = inside_BL & (ids_BL % 2 == 0)
+    return torch.cat([token_states(body, ids_BL, chosen) for chosen in (inside_BL, some_BL)])
 
 
 def _compare(model: PreTrainedModel, wanted_ND: Tensor) -> None:

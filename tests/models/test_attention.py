@@ -73,6 +73,30 @@ def test_it_is_the_formula_there_and_back(lengths, heads, groups, size, threads)
         torch.testing.assert_close(way, other, atol=2e-5, rtol=1e-4)
 
 
+def test_narrower_registers_give_the_same(monkeypatch):
+    """What a machine without AVX-512 would run."""
+    q, k, v, starts, grad = tensors([5, 130, 64], 9, 3, 64)
+    wide = attention.attention(q, k, v, starts, 0.3)
+    wide_ways = torch.autograd.grad(wide, (q, k, v), grad)
+    monkeypatch.setattr(attention, "_kernel", None)
+    monkeypatch.setattr(attention, "FLAGS", (*attention.FLAGS, "-DNARROW"))
+    attention.build()
+    narrow = attention.attention(q, k, v, starts, 0.3)
+    close(narrow, wide)
+    for way, other in zip(torch.autograd.grad(narrow, (q, k, v), grad), wide_ways, strict=True):
+        torch.testing.assert_close(way, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "kind"),
+    [(4, 2, 24, torch.int32), (4, 3, 32, torch.int32), (4, 2, 32, torch.int64)],
+)
+def test_what_it_is_not_made_for_is_an_error(heads, groups, size, kind):
+    q, k, v, starts, _ = tensors([7], heads, groups, size)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        attention.attention(q, k, v, starts.to(kind), 0.3)
+
+
 def test_scores_may_be_large_and_far_apart():
     """Without its maximum taken off, e to the score would be infinite or 0."""
     q, k, v, starts, grad = tensors([40, 9], 2, 2, 32, spread=100.0)
