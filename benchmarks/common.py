@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import psutil
 
-from distrl.learn.allocator import FROM_THE_START
+from distrl.learn.allocator import from_the_start
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -86,7 +86,7 @@ def apart(work: Callable[..., Any], *words: Any) -> Any:
     """`work(*words)` in a process of its own, with an actor's allocator; what it loads is not in
     this one."""
     spawn = multiprocessing.get_context("spawn")
-    with patch.dict(os.environ, FROM_THE_START), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with patch.dict(os.environ, from_the_start()), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(work, *words).result()
 
 

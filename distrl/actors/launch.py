@@ -25,15 +25,11 @@ from distrl.actors.handles import (
 from distrl.actors.workers import Cores, GeneratorActor, LearnerActor, ScorerActor, remote
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec, sampler_seed
-from distrl.learn.allocator import FROM_THE_START
+from distrl.learn.allocator import from_the_start
 from distrl.learn.spec import LearnerSpec, Place
 
 MAX_CALLS = 10_000
 """Calls an async actor runs at once; the driver's slots are the real bound."""
-
-PASSES = {"env_vars": FROM_THE_START}
-"""The runtime_env, as Ray calls it, of an actor that makes passes. It replaces tunables of the
-user's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +131,7 @@ class _Maker:
         name = f"scorer-{place}"
         threads = None if config.score.gpus else max(1, int(config.score.cpus))
         actor = self._actor(
-            "scorer", place, ScorerActor, max_concurrency=MAX_CALLS, runtime_env=PASSES
+            "scorer", place, ScorerActor, max_concurrency=MAX_CALLS, runtime_env=_passes()
         )
         return ScorerHandle(
             name,
@@ -164,7 +160,7 @@ class _Maker:
         elsewhere = self.config.sync.transport != "shm" or self.config.cluster.address is not None
         sends = rank == 0 and elsewhere  # on one machine, an engine reads what lies there
         groups = {ASIDE: 2 * self.config.generate.workers} if sends else None
-        actor = self._actor("learner", rank, LearnerActor, groups, runtime_env=PASSES)
+        actor = self._actor("learner", rank, LearnerActor, groups, runtime_env=_passes())
         width = max(1, int(self.config.learn.cpus))
         cores = self.mine and self.mine[rank * width : (rank + 1) * width]
         return (
@@ -223,6 +219,11 @@ def learner_spec(
         transport=config.sync.transport,
         threads=None if config.learn.gpus else max(1, int(config.learn.cpus)),
     )
+
+
+def _passes() -> dict[str, Any]:
+    """The runtime_env, as Ray calls it, of an actor that makes passes."""
+    return {"env_vars": from_the_start()}
 
 
 def split_cores(config: Config) -> tuple[Cores, Cores]:

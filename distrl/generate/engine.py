@@ -66,6 +66,10 @@ KEEP_MEMORY = ":".join(
 """On CPUs an engine's processes keep the memory that they free, in large pages where the kernel has
 them: a load of weights makes all tensors anew, and most of it was finding pages for them."""
 
+BLOCK = 32
+"""Tokens of a block of keys and values on a CPU, the fewest that vLLM takes there instead of its
+128: only whole blocks of a prompt are shared by its samples."""
+
 SOCKETS = "distrl-vllm-"
 """Folders of engines' sockets are named so, and by the process that has the engine."""
 
@@ -95,6 +99,7 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
         tensor_parallel_size=spec.workers,
         distributed_executor_backend=None if on_gpu else ONE_PROCESS,
         gpu_memory_utilization=spec.config.gpu_memory,
+        block_size=None if on_gpu else BLOCK,
         kv_cache_memory_bytes=None if on_gpu else int(spec.config.kv_cache_gib * 2**30),
         enforce_eager=not (on_gpu or spec.config.compile),
         enable_prefix_caching=True,

@@ -7,12 +7,10 @@ they decide alike: no rank waits for a collective call that another leaves out.
 
 from __future__ import annotations
 
-import heapq
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from distrl.learn.experience import micro_batches
 from distrl.learn.spec import Place
 from distrl.models.crew import ALONE as ONE_THREAD
-from distrl.models.crew import Crew
+from distrl.models.crew import Crew, balanced
 
 Load = list[tuple[Tensor, bool]]
 """One thread's microbatches, and whether they count."""
@@ -80,7 +78,7 @@ class Ranks:
         workers = self.world * self.crew.size
         cuts = [
             list(micro_batches(lengths_B, index[share], budget // self.crew.size, padded=padded))
-            for share in balanced(lengths_B[index], workers)
+            for share in balanced(lengths_B[index].tolist(), workers)
         ]
         if self.world == 1:
             return [[(part, True) for part in cut] for cut in cuts if cut]
@@ -90,17 +88,3 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def balanced(lengths_N: Tensor, world: int) -> list[Tensor]:
-    """Which sequences each rank takes, so that tokens are shared out evenly: the longest that is
-    left goes to whoever has least."""
-    if world == 1:
-        return [torch.arange(len(lengths_N))]
-    loads = [(0, rank) for rank in range(world)]
-    shares: list[list[int]] = [[] for _ in range(world)]
-    for row in np.argsort(-lengths_N.cpu().numpy(), kind="stable").tolist():
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(row)
-        heapq.heappush(loads, (load + int(lengths_N[row]), rank))
-    return [torch.tensor(share, dtype=torch.long) for share in shares]

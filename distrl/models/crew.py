@@ -8,6 +8,7 @@ eight times slower than one, instead of no faster, as soon as something else wan
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,9 @@ class Crew:
 
     @classmethod
     def of_cores(cls, cores: int) -> Crew:
-        """A crew that keeps `cores` busy; sets torch's own threads in this process."""
-        size = next(size for size in range(min(cores, LARGEST), 0, -1) if cores % size == 0)
+        """As many as keep most of `cores` busy; sets torch's own threads in this process."""
+        sizes = range(min(cores, LARGEST), 1, -1)
+        size = max(sizes, key=lambda size: cores // size * size, default=1)
         torch.set_num_threads(cores // size)
         return cls(size, cores // size)
 
@@ -71,6 +73,20 @@ class Crew:
 
 
 ALONE = Crew()
+
+
+def balanced(lengths: Sequence[int], workers: int) -> list[list[int]]:
+    """Which of so many sequences each worker takes, so that tokens are shared out evenly: the
+    longest that is left goes to whoever has least."""
+    if workers == 1:
+        return [list(range(len(lengths)))]
+    loads = [(0, worker) for worker in range(workers)]
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        load, worker = heapq.heappop(loads)
+        shares[worker].append(place)
+        heapq.heappush(loads, (load + lengths[place], worker))
+    return shares
 
 
 @contextmanager

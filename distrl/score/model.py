@@ -16,7 +16,7 @@ from distrl.data.rows import Messages
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.models import ScalarModel, eos_id, reward_input
 from distrl.models.compiling import compile_layers
-from distrl.models.crew import ALONE, Crew
+from distrl.models.crew import ALONE, Crew, balanced
 from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s, Rollout
 from distrl.roles import ScoreFailed
@@ -95,11 +95,14 @@ class ModelReward:
         return scores_N
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Which sequences share a pass; there is one for each of the crew, if there are so many."""
-        longest, members = max(lengths, default=0), self.crew.size
-        shared_out = -(-sum(lengths) // members) + longest * (members > 1)
-        budget = max(min(self.batch_tokens // members, shared_out), longest)
-        return token_budget_batches(lengths, budget, seed=0)
+        """Which sequences share a pass: each of the crew has as many tokens as the others, in
+        one pass where they fit."""
+        budget = max(self.batch_tokens // self.crew.size, max(lengths, default=0))
+        return [
+            [share[place] for place in part]
+            for share in balanced(lengths, self.crew.size)
+            for part in token_budget_batches([lengths[i] for i in share], budget, seed=0)
+        ]
 
     def score_texts(self, texts: Sequence[tuple[str | Messages, str]]) -> Float32s:
         """[N] float32 scores of (prompt, response) texts, encoded by this model's tokenizer."""

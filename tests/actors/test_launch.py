@@ -12,7 +12,7 @@ from distrl.actors.handles import ASIDE
 from distrl.actors.launch import _Maker, learner_spec
 from distrl.config import Config
 from distrl.generate.engine import EngineSpec
-from distrl.learn.allocator import FROM_THE_START
+from distrl.learn.allocator import from_the_start
 
 
 class Noted(_Maker):
@@ -74,10 +74,15 @@ def test_what_a_sync_asks_of_the_learner_does_not_wait_for_its_step(
     assert learner.sync_timeout_s == maker.generator(0, learner).sync_timeout_s == 7
 
 
-def test_those_with_passes_to_make_start_with_the_allocator_set(tmp_path: Path) -> None:
+def test_those_with_passes_to_make_start_with_the_allocator_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=3")
     maker = Noted(tmp_path)
     learner = maker.learner(learner_spec(maker.config, tmp_path, None, tmp_path))
     maker.scorer(0)
     maker.generator(0, learner)
-    wanted = {"env_vars": FROM_THE_START}
+    wanted = {"env_vars": from_the_start()}
     assert maker.surroundings == {"learner": wanted, "scorer": wanted, "generator": None}
+    last = wanted["env_vars"]["GLIBC_TUNABLES"].split(":")[-1]
+    assert last == "glibc.malloc.arena_max=3", "the user's own hold against ours"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from distrl.learn.allocator import FROM_THE_START
+from distrl.learn.allocator import from_the_start
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 
@@ -104,7 +104,7 @@ def test_freed_blocks_are_used_again(program, mib):
 def test_in_a_process_with_threads_of_its_own_they_are_from_the_start(mib):
     """A Ray actor's threads have arenas before it can ask for anything."""
     program = BUSY + KEEP + THREADS.format(mib=mib)
-    assert _printed(program, **FROM_THE_START)[0] < 4_000
+    assert _printed(program, **from_the_start())[0] < 4_000
 
 
 @pytest.mark.slow

@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from distrl.learn.learner import PolicyLearner
 from distrl.learn.pretrain import save_examples
-from distrl.learn.ranks import balanced
 from distrl.learn.spec import Place
 from distrl.learn.state import StateMismatch
 from distrl.models.load import load_policy
@@ -214,11 +211,3 @@ def test_passes_in_bfloat16_train_float32_weights(ran, tiny_policy, make_groups,
     error = {n: found[n] - exact[n] for n in moved}
     total = [sum(float(t.square().sum()) for t in of.values()) for of in (moved, error)]
     assert 0 < total[1] < 0.3 * total[0], "other roundings, the same direction"
-
-
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 5))
-def test_sequences_are_shared_out_evenly(lengths, world):
-    shares = balanced(torch.tensor(lengths), world)
-    assert sorted(row for share in shares for row in share.tolist()) == list(range(len(lengths)))
-    loads = [sum(lengths[row] for row in share.tolist()) for share in shares]
-    assert max(loads) - min(loads) <= max(lengths)
