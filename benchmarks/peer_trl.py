@@ -46,6 +46,8 @@ from common import GIB, ROOT, apart, distrl, memory_watch, metrics, report
 # torch is loaded in processes of their own alone, so that the memory measured is not this one's.
 
 CORES, WARM_UP, LR, PROMPT, ALONE = 2, 2, 3e-6, 12, 3
+WATCH_S = 15
+"""Memory is asked for so often: it costs a tenth of a core's second, ours having 13 processes."""
 VENV = ROOT / "runs" / "peer_trl_venv"
 WORKER = ROOT / "benchmarks" / "peer_trl_worker.py"
 SHARED = ("--learn.value.trunk", "shared", "--learn.value.start", "policy")
@@ -244,7 +246,7 @@ def _trl(job: Job, python: Path) -> Turn:
     )
     silent = {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     print(f"$ TRL, workload {job.name}, {job.steps} steps, seed {job.seed}", flush=True)
-    with memory_watch(5) as memory:
+    with memory_watch(WATCH_S) as memory:
         subprocess.run(
             [python, "-I", WORKER, path],
             check=True,
@@ -267,7 +269,7 @@ def _trl(job: Job, python: Path) -> Turn:
 def _ours(job: Job, variant: str) -> Turn:
     place = list(VARIANTS).index(variant)
     run = ROOT / "runs" / f"benchmark-peer-trl-{job.name}-{place}-{job.seed}"
-    with memory_watch(5) as memory:
+    with memory_watch(WATCH_S) as memory:
         distrl("train", "--fresh", "--run.name", run.name, *_words(job), *VARIANTS[variant])
     for large in ("checkpoints", "policy"):
         shutil.rmtree(run / large)
