@@ -94,12 +94,12 @@ async def test_requests_under_way_go_on_under_new_weights(engine, policies):
 
 
 async def test_the_prefix_cache_never_serves_old_weights(engine, policies, monkeypatch):
-    """The prompt fills two blocks; the second request finds them cached, unless the weights
+    """The prompt fills five blocks of 32; the second request finds them cached, unless the weights
     changed between."""
     long = policies.prompt(0, tokens=180)
     await engine.load_weights(policies.publish(5))
     before = (await roll(engine, [long]))[0]
-    assert await cached_tokens(engine, long, monkeypatch) == 128
+    assert await cached_tokens(engine, long, monkeypatch) == 160
     await engine.load_weights(policies.publish(6))
     assert await cached_tokens(engine, long, monkeypatch) == 0
     after = (await roll(engine, [long]))[0]
