@@ -6,7 +6,7 @@ when it is asked for again: a fifth of a learner's time with 135 M parameters, a
 machine whose host takes free pages back. Other C libraries are left as they are.
 
 A Ray actor is too late for all of that: its threads have their arenas before its own code runs. So
-an actor with passes to make has `from_the_start` in its environment.
+an actor with passes to make starts with `from_the_start` in its environment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def from_the_start() -> dict[str, str]:
     engine, a step of the learner takes a fifth less of their time. An engine gains nothing: what it
     loads weights into is new each time, and has to be cleared page by page.
 
-    What the user has set comes last, where it holds against ours.
+    What the user has set stays, behind ours; `keep_freed_memory` has the last word on what it sets.
     """
     ours = ["glibc.malloc.arena_max=1", "glibc.malloc.hugetlb=1"]
     users = os.environ.get(TUNABLES)

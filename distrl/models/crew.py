@@ -37,9 +37,8 @@ class Crew:
 
     @classmethod
     def of_cores(cls, cores: int) -> Crew:
-        """As many as keep most of `cores` busy; sets torch's own threads in this process."""
-        sizes = range(min(cores, LARGEST), 1, -1)
-        size = max(sizes, key=lambda size: cores // size * size, default=1)
+        """A crew that keeps `cores` busy; sets torch's own threads in this process."""
+        size = next(size for size in range(min(cores, LARGEST), 0, -1) if cores % size == 0)
         torch.set_num_threads(cores // size)
         return cls(size, cores // size)
 

@@ -77,7 +77,7 @@ def test_what_a_sync_asks_of_the_learner_does_not_wait_for_its_step(
 def test_those_with_passes_to_make_start_with_the_allocator_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=3")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=9")
     maker = Noted(tmp_path)
     learner = maker.learner(learner_spec(maker.config, tmp_path, None, tmp_path))
     maker.scorer(0)
@@ -85,4 +85,4 @@ def test_those_with_passes_to_make_start_with_the_allocator_set(
     wanted = {"env_vars": from_the_start()}
     assert maker.surroundings == {"learner": wanted, "scorer": wanted, "generator": None}
     last = wanted["env_vars"]["GLIBC_TUNABLES"].split(":")[-1]
-    assert last == "glibc.malloc.arena_max=3", "the user's own hold against ours"
+    assert last == "glibc.malloc.tcache_count=9", "the user's own is kept"

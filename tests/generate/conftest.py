@@ -26,7 +26,7 @@ from distrl.sync.canary import probe_ids, probe_logprobs, publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
 CONTEXT = 288
-"""More than some blocks of the CPU engine's cache (32 tokens each)."""
+"""Room for several blocks of the CPU engine's cache (32 tokens each)."""
 
 TEMPERATURE = 0.7
 

@@ -54,10 +54,9 @@ def test_an_error_is_raised_when_nobody_works_any_more(crew):
 
 
 @pytest.mark.parametrize(
-    ("cores", "size", "inner"),
-    [(1, 1, 1), (2, 2, 1), (4, 4, 1), (5, 4, 1), (6, 3, 2), (7, 3, 2), (8, 4, 2)],
+    ("cores", "size", "inner"), [(1, 1, 1), (2, 2, 1), (4, 4, 1), (6, 3, 2), (8, 4, 2), (7, 1, 7)]
 )
-def test_a_crew_keeps_most_cores_busy(cores, size, inner):
+def test_a_crew_keeps_all_cores_busy(cores, size, inner):
     crew = Crew.of_cores(cores)
     assert (crew.size, torch.get_num_threads()) == (size, inner)
     assert crew.size <= LARGEST

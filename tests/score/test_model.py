@@ -79,7 +79,7 @@ def test_a_crew_shares_the_passes_and_each_sequence_gets_its_own_score(folder, t
     rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (7, 2, 9, 4, 12, 1, 5, 3)]
     readers: dict[str, int] = {}
     read = shared.model.reward
-    both = threading.Barrier(2, timeout=20)  # one thread alone would wait here
+    both = threading.Barrier(2, timeout=60)  # one thread alone would wait here
 
     def noted(ids_BT, lengths_B):
         both.wait()
