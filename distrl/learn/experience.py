@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -97,58 +96,3 @@ def _padded(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
         [torch.tensor(row, dtype=dtype) for row in rows],
         batch_first=True,
     )
-
-
-PASS_TOKENS = 64
-"""A pass forward and back costs about as much as so many tokens more, whatever it reads (measured
-on a CPU with 2 M parameters)."""
-
-
-def micro_batches(
-    lengths_B: Tensor, index: Tensor, budget: int, *, padded: bool = True
-) -> Iterator[Tensor]:
-    """Cut the sequences at `index`, in the order of their lengths, into parts of at most `budget`
-    tokens, pads included where there will be any; a sequence beyond it goes alone.
-
-    Padded, it is the cheapest of all such cuts, where a part costs its tokens and PASS_TOKENS;
-    without pads the parts are few and even.
-    """
-    by_length = index[torch.argsort(lengths_B[index], stable=True)]
-    lengths = lengths_B[by_length].cpu().numpy()
-    ends = _cheapest_cuts(lengths, budget) if padded else _fewest_cuts(lengths, budget)
-    for first, end in itertools.pairwise([0, *ends]):
-        yield by_length[first:end]
-
-
-def _fewest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Where each part ends if none is padded: few, and of about as many tokens."""
-    total = int(lengths.sum())
-    share = total / max(1, -(-total // budget))
-    ends: list[int] = []
-    tokens = 0
-    for place, length in enumerate(lengths.tolist()):
-        if tokens and tokens + length > budget:
-            ends.append(place)
-            tokens = 0
-        tokens += length
-        if tokens >= share and place + 1 < len(lengths):
-            ends.append(place + 1)
-            tokens = 0
-    return [*ends, len(lengths)] if len(lengths) else ends
-
-
-def _cheapest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Where each part ends; `lengths` rise. The cost of the first n sequences is the least over all
-    last parts of the cost of those before it and its own."""
-    costs = np.zeros(len(lengths) + 1)
-    begins = np.zeros(len(lengths) + 1, dtype=np.int64)
-    for end, width in enumerate(lengths.tolist(), start=1):
-        first = min(end - 1, max(0, end - budget // width))
-        padded = width * np.arange(end - first, 0, -1)
-        candidates = costs[first:end] + padded
-        best = int(candidates.argmin())
-        costs[end], begins[end] = candidates[best] + PASS_TOKENS, first + best
-    ends = [len(lengths)] if len(lengths) else []
-    while ends and begins[ends[-1]]:
-        ends.append(int(begins[ends[-1]]))
-    return ends[::-1]

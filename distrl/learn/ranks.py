@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distrl.learn.experience import micro_batches
+from distrl.data.batching import balanced, micro_batches
 from distrl.learn.spec import Place
 from distrl.models.crew import ALONE as ONE_THREAD
-from distrl.models.crew import Crew, balanced
+from distrl.models.crew import Crew
 
 Load = list[tuple[Tensor, bool]]
 """One thread's microbatches, and whether they count."""
@@ -75,11 +75,11 @@ class Ranks:
         Every pass over a sharded model is a meeting, so all ranks get as many: one that has fewer
         reads a sequence again, and is told with False that it does not count.
         """
-        workers = self.world * self.crew.size
-        cuts = [
-            list(micro_batches(lengths_B, index[share], budget // self.crew.size, padded=padded))
-            for share in balanced(lengths_B[index].tolist(), workers)
-        ]
+        lengths, budget = lengths_B[index].tolist(), budget // self.crew.size
+        cuts = []
+        for share in balanced(lengths, self.world * self.crew.size):
+            parts = micro_batches([lengths[i] for i in share], budget, padded=padded)
+            cuts.append([index[share][part] for part in parts])
         if self.world == 1:
             return [[(part, True) for part in cut] for cut in cuts if cut]
         turns, mine = max(map(len, cuts)), cuts[self.rank]

@@ -8,7 +8,6 @@ eight times slower than one, instead of no faster, as soon as something else wan
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,20 +71,6 @@ class Crew:
 
 
 ALONE = Crew()
-
-
-def balanced(lengths: Sequence[int], workers: int) -> list[list[int]]:
-    """Which of so many sequences each worker takes, so that tokens are shared out evenly: the
-    longest that is left goes to whoever has least."""
-    if workers == 1:
-        return [list(range(len(lengths)))]
-    loads = [(0, worker) for worker in range(workers)]
-    shares: list[list[int]] = [[] for _ in range(workers)]
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        load, worker = heapq.heappop(loads)
-        shares[worker].append(place)
-        heapq.heappush(loads, (load + lengths[place], worker))
-    return shares
 
 
 @contextmanager

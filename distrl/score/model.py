@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from distrl.data.batching import pad_right, token_budget_batches
+from distrl.data.batching import (
+    balanced,
+    micro_batches,
+    pad_right,
+    token_budget_batches,
+)
 from distrl.data.rows import Messages
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.models import ScalarModel, eos_id, reward_input
 from distrl.models.compiling import compile_layers
-from distrl.models.crew import ALONE, Crew, balanced
+from distrl.models.crew import ALONE, Crew
 from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s, Rollout
 from distrl.roles import ScoreFailed
@@ -49,7 +54,7 @@ class ModelReward:
         first pass. Raises ModelError."""
         self.name = name
         self.model = ScalarModel.load(folder, dtype).to(device)
-        pack(self.model.body)
+        self._packed = pack(self.model.body)
         if compile:
             compile_layers(self.model, torch.device(device))
         self.batch_tokens, self.crew = batch_tokens, crew
@@ -91,18 +96,20 @@ class ModelReward:
             lengths = torch.as_tensor(lengths_B, device=device)
             scores_N[places] = self.model.reward(ids, lengths).float().cpu().numpy()
 
-        self.crew.run(read, self._batches([len(ids) for ids in rows]))
+        self.crew.run(read, list(self._batches([len(ids) for ids in rows])))
         return scores_N
 
-    def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Which sequences share a pass: each of the crew has as many tokens as the others, in
-        one pass where they fit."""
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Which sequences share a pass: each of the crew has as many tokens as the others, in one
+        pass where they fit; in more where that saves pads, which a packed model does not read."""
         budget = max(self.batch_tokens // self.crew.size, max(lengths, default=0))
-        return [
-            [share[place] for place in part]
-            for share in balanced(lengths, self.crew.size)
-            for part in token_budget_batches([lengths[i] for i in share], budget, seed=0)
-        ]
+        for share in balanced(lengths, self.crew.size):
+            theirs = [lengths[place] for place in share]
+            if self._packed:
+                parts = token_budget_batches(theirs, budget, seed=0)
+            else:
+                parts = micro_batches(theirs, budget)
+            yield from ([share[place] for place in part] for part in parts)
 
     def score_texts(self, texts: Sequence[tuple[str | Messages, str]]) -> Float32s:
         """[N] float32 scores of (prompt, response) texts, encoded by this model's tokenizer."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 
 import numpy as np
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from distrl.learn.experience import PASS_TOKENS, micro_batches, to_experience
+from distrl.learn.experience import to_experience
 from distrl.records import RolloutBatch, VersionSpan
 
 
@@ -82,71 +79,3 @@ def test_arrays_out_of_an_object_store_are_taken_without_a_word(make_groups):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_experience(RolloutBatch(groups=tuple(groups)))
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    budget=st.integers(50, 400),
-    data=st.data(),
-)
-def test_microbatches_take_each_row_once_within_the_budget(lengths, budget, data):
-    lengths_B = torch.tensor(lengths)
-    index = data.draw(st.permutations(range(len(lengths))))
-    index = index[: data.draw(st.integers(1, len(lengths)))]
-    parts = list(micro_batches(lengths_B, torch.tensor(index), budget))
-    assert sorted(row for part in parts for row in part.tolist()) == sorted(index)
-    for part in parts:
-        assert int(lengths_B[part].max()) * len(part) <= budget
-    longest = [int(lengths_B[part].max()) for part in parts]
-    assert longest == sorted(longest), "rows of like length go together"
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), budget=st.integers(1, 160))
-def test_no_other_cut_into_parts_is_cheaper(lengths, budget):
-    def cost(parts):
-        return sum(PASS_TOKENS + max(part) * len(part) for part in parts)
-
-    def fits(part):
-        return len(part) == 1 or max(part) * len(part) <= budget
-
-    rising = sorted(lengths)
-    cheapest = min(
-        cost(parts)
-        for count in range(len(lengths))
-        for cuts in itertools.combinations(range(1, len(lengths)), count)
-        for parts in [[rising[a:b] for a, b in itertools.pairwise([0, *cuts, len(lengths)])]]
-        if all(map(fits, parts))
-    )
-    lengths_B = torch.tensor(lengths)
-    found = micro_batches(lengths_B, torch.arange(len(lengths)), budget)
-    assert cost([lengths_B[part].tolist() for part in found]) == cheapest
-
-
-def test_little_of_a_batch_of_mixed_lengths_is_padding():
-    lengths_B = torch.from_numpy(np.random.default_rng(0).integers(8, 512, 256))
-    parts = list(micro_batches(lengths_B, torch.arange(256), 4096))
-    padded = sum(int(lengths_B[part].max()) * len(part) for part in parts)
-    assert int(lengths_B.sum()) > 0.95 * padded
-
-
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), budget=st.integers(50, 400))
-def test_without_pads_only_tokens_count(lengths, budget):
-    lengths_B = torch.tensor(lengths)
-    parts = list(micro_batches(lengths_B, torch.arange(len(lengths)), budget, padded=False))
-    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(lengths)))
-    tokens = [int(lengths_B[part].sum()) for part in parts]
-    assert max(tokens) <= budget
-    assert len(parts) <= 2 * -(-sum(lengths) // budget), "no more passes than twice the fewest"
-
-
-def test_without_pads_passes_are_as_even_as_they_are_few():
-    lengths_B = torch.full((100,), 10)
-    parts = list(micro_batches(lengths_B, torch.arange(100), 400, padded=False))
-    assert [len(part) for part in parts] == [34, 34, 32]
-
-
-def test_a_row_longer_than_the_budget_goes_alone():
-    parts = list(micro_batches(torch.tensor([9, 3, 30]), torch.tensor([0, 1, 2]), 20))
-    assert [part.tolist() for part in parts] == [[1, 0], [2]]
-    parts = list(micro_batches(torch.tensor([9, 3, 30]), torch.tensor([0, 1, 2]), 20, padded=False))
-    assert [part.tolist() for part in parts] == [[1, 0], [2]]

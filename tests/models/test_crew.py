@@ -7,10 +7,8 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from distrl.models.crew import ALONE, LARGEST, Crew, Gradients, balanced, hand_over
+from distrl.models.crew import ALONE, LARGEST, Crew, Gradients, hand_over
 
 
 @pytest.fixture
@@ -63,14 +61,6 @@ def test_a_crew_keeps_all_cores_busy(cores, size, inner):
     if crew.size > 1:
         assert crew.run(lambda _: torch.get_num_threads(), range(crew.size)) == [inner] * crew.size
     crew.close()
-
-
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 5))
-def test_sequences_are_shared_out_evenly(lengths, workers):
-    shares = balanced(lengths, workers)
-    assert sorted(row for share in shares for row in share) == list(range(len(lengths)))
-    loads = [sum(lengths[row] for row in share) for share in shares]
-    assert max(loads) - min(loads) <= max(lengths)
 
 
 def test_gradients_are_those_of_autograd_to_the_bit_and_unused_weights_have_none():

@@ -116,6 +116,28 @@ def test_forward_passes_keep_to_the_token_budget(reward, tokenizer, monkeypatch)
     assert 1 < len(sizes) < 32 and max(sizes) <= 64
 
 
+def test_a_model_that_reads_pads_has_little_of_them_to_read(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr("distrl.score.model.pack", lambda body: False)
+    padded, crew = ScalarModel.load(folder), Crew(2)
+    reward = ModelReward("rm", folder, tokenizer, batch_tokens=8192, crew=crew)
+    read, sizes = reward.model.reward, []
+
+    def noted(ids_BT, lengths_B):
+        sizes.append((ids_BT.numel(), int(lengths_B.sum())))
+        return read(ids_BT, lengths_B)
+
+    reward.model.reward = noted
+    rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (3, 20) * 32]
+    scores_N = reward.score_ids(rows)
+    crew.close()
+    whole, tokens = (sum(counts) for counts in zip(*sizes, strict=True))
+    assert tokens == sum(len(row) + 1 for row in rows)
+    assert tokens > 0.95 * whole
+    alone = torch.tensor([[*rows[0].tolist(), reward._eos]])
+    expected = padded.reward(alone, torch.tensor([alone.shape[1]])).item()
+    assert scores_N[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_cut_response_is_read_at_an_end_of_sequence_token(reward, tokenizer):
     cut, ended = (
         reward.scores([rollout(tokenizer, "a", " film", finish=f)]) for f in ("length", "stop")
