@@ -68,8 +68,7 @@ them: a load of weights makes all tensors anew, and most of it was finding pages
 
 BLOCK = 32
 """Tokens of a block of keys and values on a CPU, the fewest that vLLM takes there instead of its
-128: only whole blocks of a prompt are shared by its samples. Eight samples each of prompts of 70
-tokens take 0.62 of the time (4.3 M parameters, 48 tokens), one of short ones 0.88."""
+128: only whole blocks of a prompt are shared by its samples (`benchmarks/shared_prompts.py`)."""
 
 SOCKETS = "distrl-vllm-"
 """Folders of engines' sockets are named so, and by the process that has the engine."""
