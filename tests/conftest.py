@@ -62,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is torch's, whatever another test of this process has compiled; what this one
+    compiles is gone after it."""
+    from distrl.models import attention
+
+    monkeypatch.setattr(attention, "_kernel", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail at the end of the session where something was left (see `leftovers`)."""

@@ -371,6 +371,7 @@ def test_reward_rises_and_the_kl_pays_for_it(new_learner, name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_kernel")
 def test_compiled_layers_come_to_the_same(new_learner, make_groups):
     eager, compiled = new_learner(), new_learner(compile=True, checkpoint_activations=True)
     for seed in (1, 2):

@@ -22,9 +22,8 @@ CHOSEN_BL = torch.arange(21) < torch.tensor([[21], [2], [17]])
 
 
 @pytest.fixture(autouse=True)
-def kernel(monkeypatch):
+def kernel(without_kernel):
     """There for these tests alone."""
-    monkeypatch.setattr(attention, "_kernel", None)
     attention.build()
 
 

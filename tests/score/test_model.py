@@ -95,6 +95,7 @@ def test_a_crew_shares_the_passes_and_each_sequence_gets_its_own_score(folder, t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_kernel")
 def test_a_compiled_reward_model_gives_the_same_scores(folder, tokenizer, reward):
     quick = ModelReward("rm", folder, tokenizer, batch_tokens=64, compile=True)
     rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (7, 2, 9, 4, 12, 1, 5, 3)]
