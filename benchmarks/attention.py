@@ -9,12 +9,11 @@ need no pads, so what laying them out would cost is not counted. Ours should nev
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from common import report
+from common import middle, report
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,7 +68,7 @@ def _ratio(options: argparse.Namespace, length: int, heads: int, groups: int, si
         seconds(theirs, padded, rows_grad) / seconds(ours, packed, grad)
         for _ in range(options.rounds + 3)
     ][3:]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return middle(ratios)
 
 
 if __name__ == "__main__":

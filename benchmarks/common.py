@@ -134,6 +134,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}  ({', '.join(f'{v:.2f}' for v in values)})"
 
 
+def middle(values: Sequence[float], digits: int = 2) -> str:
+    """The median, and how far from it they lie."""
+    shown = (f"{v:,.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
+    return "{} ({} to {})".format(*shown)
+
+
 def interval(values: Sequence[float]) -> str:
     """The mean and its 95 % interval over seeds, by Student's t; of gaps between runs of one seed,
     that of their difference."""

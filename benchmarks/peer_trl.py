@@ -41,7 +41,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import GIB, ROOT, apart, distrl, memory_watch, metrics, report
+from common import GIB, ROOT, apart, distrl, memory_watch, metrics, middle, report
 
 # torch is loaded in processes of their own alone, so that the memory measured is not this one's.
 
@@ -383,15 +383,15 @@ def _experience(job: Job, learner: Any, seed: int) -> Any:
 
 
 def _figures(workload: Workload, turns: dict[str, list[Turn]]) -> dict[str, str]:
-    figures = {f"{s}, samples/s": _spread([t.samples_s for t in turns[s]]) for s in turns}
+    figures = {f"{s}, samples/s": middle([t.samples_s for t in turns[s]]) for s in turns}
     for variant in VARIANTS:
         pairs = list(zip(turns[variant], turns["TRL"], strict=True))
         least, aim = workload.wanted[variant]
         ratios = [ours.samples_s / theirs.samples_s for ours, theirs in pairs]
-        figures[f"{variant} over TRL >= {least:g}"] = f"{_ok(ratios, least)} {_spread(ratios)}"
+        figures[f"{variant} over TRL >= {least:g}"] = f"{_ok(ratios, least)} {middle(ratios)}"
         figures[f"{variant} over TRL, aim {aim:g}"] = _ok(ratios, aim)
         alone = [theirs.alone_s / ours.alone_s for ours, theirs in pairs]
-        figures[f"{variant}, learner alone over TRL's"] = _spread(alone)
+        figures[f"{variant}, learner alone over TRL's"] = middle(alone)
     for side, those in turns.items():
         figures[f"{side}, seconds of a step"] = _parts(those)
     for side, those in turns.items():
@@ -411,10 +411,6 @@ def _parts(turns: Sequence[Turn]) -> str:
     listed = ", ".join(f"{name} {seconds:.2f}" for name, seconds in means.items())
     alone = statistics.median(turn.alone_s for turn in turns)
     return f"{statistics.median(turn.step_s for turn in turns):.2f}: {listed}; alone {alone:.2f}"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import report
+from common import middle, report
 
 from distrl.actors.cluster import connected
 from distrl.actors.launch import launched
@@ -162,8 +162,8 @@ def main() -> None:
     report(
         f"Rollouts through driver and actor, shape {options.shape}",
         {
-            "bare engine, tokens/s": _spread(bare, 0),
-            "driver + actor, tokens/s": _spread(ours, 0),
+            "bare engine, tokens/s": middle(bare, 0),
+            "driver + actor, tokens/s": middle(ours, 0),
             "ratio, median of turns": f"{statistics.median(ratios):.3f}",
             "ratio, each turn": ", ".join(f"{r:.3f}" for r in ratios),
         },
@@ -260,11 +260,6 @@ def _prompts(config: Config, policy: Path) -> list[list[int]]:
     rng = np.random.default_rng(0)
     shape = config.driver.prompts_per_step, config.data.max_prompt_tokens
     return rng.integers(3, ids, shape).tolist()
-
-
-def _spread(values: list[float], digits: int) -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:,.{digits}f}  ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ import argparse
 import asyncio
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from common import report
+from common import middle, report
 
 from distrl.config import GenerateConfig, ModelConfig, SyncConfig
 from distrl.data.tokenizer import train_tokenizer
@@ -41,24 +41,25 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8, help="prompts of a turn")
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as folder:
+    with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as folder, ExitStack() as engines:
         policy = _policy(Path(folder), options.prompt + RESPONSE)
-        ends = {block: _started(block, policy, options) for block in (THEIRS, engine.BLOCK)}
+        ends = {
+            block: engines.enter_context(_started(block, policy, options))
+            for block in (THEIRS, engine.BLOCK)
+        }
         seconds: dict[int, list[float]] = {block: [] for block in ends}
         for turn in range(options.turns + 1):
             for block, end in ends.items():
                 end.send(turn)
                 seconds[block].append(end.recv())
-        for end in ends.values():
-            end.send(None)
     theirs, ours = (times[1:] for times in seconds.values())  # the first warms up
     ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
     report(
         f"{options.samples} samples each of {options.groups} prompts of {options.prompt} tokens",
         {
-            f"seconds, blocks of {THEIRS}": _spread(theirs),
-            f"seconds, blocks of {engine.BLOCK}": _spread(ours),
-            "the first over the second": _spread(ratios),
+            f"seconds, blocks of {THEIRS}": middle(theirs),
+            f"seconds, blocks of {engine.BLOCK}": middle(ours),
+            "the first over the second": middle(ratios),
         },
         f"python benchmarks/shared_prompts.py --prompt {options.prompt} --samples "
         f"{options.samples} --groups {options.groups} --turns {options.turns}",
@@ -76,10 +77,12 @@ def _policy(folder: Path, context: int) -> Path:
 
 
 def _started(block: int, policy: Path, options: argparse.Namespace) -> Connection:
-    """The end of a pipe to a process with an engine that has such blocks."""
+    """The end of a pipe to a process with an engine that has such blocks; closed, it ends both.
+    Raises EOFError where the engine does not start."""
     start = multiprocessing.get_context("spawn")
     here, there = start.Pipe()
     start.Process(target=_run, args=(there, block, policy, options)).start()
+    there.close()  # so that the end of the other process is the end of the pipe
     here.recv()
     return here
 
@@ -100,21 +103,22 @@ async def _turns(end: Connection, policy: Path, options: argparse.Namespace) -> 
     generator = VLLMGenerator("g0", spec, SyncConfig())
     await generator.start()
     end.send("ready")
-    while (turn := await asyncio.to_thread(end.recv)) is not None:
-        random = np.random.default_rng(turn)
-        ids = random.integers(3, VOCAB, (options.groups, options.prompt), dtype=np.int32)
-        prompts = [
-            Prompt(index=place, epoch=0, prompt_id=f"{turn}-{place}", text="", token_ids=row)
-            for place, row in enumerate(ids)
-        ]
-        began = time.perf_counter()
-        await asyncio.gather(*map(generator.generate, prompts))
-        end.send(time.perf_counter() - began)
+    with suppress(EOFError):  # no more turns
+        while True:
+            end.send(await _turn(generator, await asyncio.to_thread(end.recv), options))
     await generator.close()
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})"
+async def _turn(generator: VLLMGenerator, turn: int, options: argparse.Namespace) -> float:
+    random = np.random.default_rng(turn)
+    ids = random.integers(3, VOCAB, (options.groups, options.prompt), dtype=np.int32)
+    prompts = [
+        Prompt(index=place, epoch=0, prompt_id=f"{turn}-{place}", text="", token_ids=row)
+        for place, row in enumerate(ids)
+    ]
+    began = time.perf_counter()
+    await asyncio.gather(*map(generator.generate, prompts))
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import report
+from common import middle, report
 
 from distrl.config import GenerateConfig, ModelConfig, SyncConfig
 from distrl.data.smollm2 import resolve_model
@@ -107,21 +107,16 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
         publisher.close()
         crew.close()
         await generator.close()
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    ratio = middle["publish"] / middle["copy"]
+    ratio = statistics.median(times["publish"]) / statistics.median(times["copy"])
+    shown = {name: middle([1000 * s for s in values], 1) for name, values in times.items()}
     return {
         f"{shape}, MB": f"{nbytes / 1e6:.1f}",
-        f"{shape}, copy, ms": _spread(times["copy"]),
-        f"{shape}, publish, ms": _spread(times["publish"]),
+        f"{shape}, copy, ms": shown["copy"],
+        f"{shape}, publish, ms": shown["publish"],
         f"{shape}, publish over copy": f"{'ok  ' if ratio <= 2 else 'MISS'} {ratio:.2f}",
-        f"{shape}, engine paused and loading, ms": _spread(times["transfer"]),
-        f"{shape}, canary, ms": _spread(times["canary"]),
+        f"{shape}, engine paused and loading, ms": shown["transfer"],
+        f"{shape}, canary, ms": shown["canary"],
     }
-
-
-def _spread(seconds: list[float]) -> str:
-    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-    return f"{1000 * middle:.1f} ({1000 * low:.1f} to {1000 * high:.1f})"
 
 
 if __name__ == "__main__":
