@@ -18,7 +18,7 @@ from distrl.algo.kl import (
     kl_estimate,
     shape_rewards,
 )
-from distrl.algo.logprobs import head_logprobs, token_logprobs
+from distrl.algo.logprobs import HEAD_BLOCKS, HeadBlocks, head_logprobs, token_logprobs
 from distrl.algo.masked import masked_mean, masked_whiten
 from distrl.algo.off_policy import effective_sample_size, importance_ratio, importance_weights
 from distrl.algo.policy import PolicyLoss, ppo_clip_loss
@@ -41,9 +41,11 @@ from distrl.algo.surrogates import (
 from distrl.algo.value import ValueLoss, value_loss
 
 __all__ = [
+    "HEAD_BLOCKS",
     "AdaptiveKL",
     "AdaptivePenalty",
     "FixedKL",
+    "HeadBlocks",
     "LinearKL",
     "PolicyLoss",
     "Surrogate",

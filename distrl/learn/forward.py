@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distrl.algo import head_logprobs, token_logprobs
+from distrl.algo import HEAD_BLOCKS, HeadBlocks, head_logprobs, token_logprobs
 from distrl.learn.experience import Experience
 from distrl.models.compiling import compiled
 from distrl.models.heads import ScalarModel
 from distrl.models.packing import token_states
 
 KEPT_BYTES = 2**28
-"""Logits of a pass up to this size are kept."""
+"""Logits of a pass up to this size, in float32, are kept."""
+
+BLOCK_TOKENS, BLOCK_BYTES = 512, 2**30
+"""Of a larger pass, those of so many tokens are made at a time; on a GPU of more, where they take
+less than so much: each block adds to a gradient as large as the head."""
 
 
 class PolicyModel(nn.Module):
@@ -32,12 +36,13 @@ class PolicyModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._kept = _kept_logprobs
+        self._kept: Callable[..., tuple[Tensor, Tensor]] = _kept_logprobs
+        self._blocks = HEAD_BLOCKS
 
     def compile_head(self) -> None:
-        """Have what comes after the body compiled when it is first run, as long as logits are few
-        enough to be kept."""
+        """Have what comes after the body compiled when it is first run."""
         self._kept = compiled(_compilable_logprobs)
+        self._blocks = HeadBlocks(compiled(HEAD_BLOCKS.there), compiled(HEAD_BLOCKS.back))
 
     def forward(
         self,
@@ -54,7 +59,13 @@ class PolicyModel(nn.Module):
             nothing = states_ND.new_zeros(0)
             return states_ND, nothing, nothing
         logprobs_N, entropy_N = logprobs_of(
-            self.model, states_ND, tokens_N, temperature, with_entropy, kept=self._kept
+            self.model,
+            states_ND,
+            tokens_N,
+            temperature,
+            with_entropy,
+            kept=self._kept,
+            blocks=self._blocks,
         )
         return states_ND, logprobs_N, entropy_N
 
@@ -112,22 +123,27 @@ def logprobs_of(
     temperature: float = 1.0,
     with_entropy: bool = False,
     kept: Callable[..., tuple[Tensor, Tensor]] = _kept_logprobs,
+    blocks: HeadBlocks = HEAD_BLOCKS,
 ) -> tuple[Tensor, Tensor]:
     """logprobs_N and entropy_N (nats) of the tokens that were chosen in the states.
 
     Few logits are kept for the way back, by `kept`; many would be the largest tensor of a step, so
-    they are made in blocks and made anew.
+    they are made in `blocks` and made anew.
     """
     head = policy.get_output_embeddings()
     assert isinstance(head, nn.Linear)  # a causal language model has one
-    if states_ND.shape[0] * head.weight.shape[0] * 4 > KEPT_BYTES:
+    logits_bytes = head.weight.shape[0] * 4  # of a token
+    if states_ND.shape[0] * logits_bytes > KEPT_BYTES:
+        filling = BLOCK_BYTES // logits_bytes if states_ND.is_cuda else 0
         return head_logprobs(
             states_ND,
             head.weight,
             tokens_N,
             temperature,
             bias_V=head.bias,
+            chunk=max(BLOCK_TOKENS, filling),
             with_entropy=with_entropy,
+            blocks=blocks,
         )
     return kept(states_ND, head, tokens_N, temperature, with_entropy)
 

@@ -158,3 +158,18 @@ def test_a_head_in_blocks_without_entropy(close):
         head_logprobs(states, torch.randn(5, 2), tokens)
     with pytest.raises(ValueError, match="temperature must be positive"):
         head_logprobs(states, weight, tokens, 0.0)
+
+
+def test_a_heads_gradient_keeps_its_digits_over_many_blocks():
+    """128 of them, of which a sum in bfloat16 would lose all but a few."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(32, (2048,), generator=generator)
+    exact = [torch.randn(n, 16, generator=generator).bfloat16().double() for n in (2048, 32)]
+    half = [leaf.bfloat16().requires_grad_() for leaf in exact]
+    exact = [leaf.requires_grad_() for leaf in exact]
+    for states, weight in (exact, half):
+        head_logprobs(states, weight, tokens, chunk=16)[0].sum().backward()
+    for mine, wanted in zip(half, exact, strict=True):
+        assert mine.grad is not None and wanted.grad is not None
+        assert mine.grad.dtype == torch.bfloat16
+        assert (mine.grad - wanted.grad).norm() < 5e-3 * wanted.grad.norm()

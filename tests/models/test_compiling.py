@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from distrl.learn import forward
 from distrl.learn.forward import PolicyModel
 from distrl.models import load_policy
 from distrl.models.compiling import compiled
@@ -70,7 +71,10 @@ def test_it_stays_compiled_where_many_threads_begin_at_once():
     assert calls(made)["distrl::product"] == 1
 
 
-def test_a_compiled_head_tells_the_same(tiny_policy):
+@pytest.mark.parametrize("kept", [2**28, 0])
+def test_a_compiled_head_tells_the_same(tiny_policy, kept, monkeypatch):
+    """Where its logits are kept, and where they are made in blocks and made anew."""
+    monkeypatch.setattr(forward, "KEPT_BYTES", kept)
     torch.manual_seed(0)
     ids = torch.randint(3, 300, (3, 9))
     chosen, tokens = torch.ones_like(ids, dtype=torch.bool), ids.flatten()
