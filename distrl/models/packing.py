@@ -177,8 +177,7 @@ def _attention(
         return attention.attention(q, k, v, packing.starts, scale)[None], None
     rows = (_Lay.apply(x[0].transpose(0, 1), packing) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in rows)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, **_grouped(q, k))
     return _Collect.apply(out.transpose(1, 2), packing)[None], None
 
 
@@ -191,10 +190,16 @@ def _flash(
     longest = packing.inside_BL.shape[1]
     out = varlen_attn(
         q, k, v, packing.starts, packing.starts, longest, longest, scale=scale,
-        window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        window_size=(-1, 0), **_grouped(query, key),
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out[None]
+
+
+def _grouped(query: Tensor, key: Tensor) -> dict[str, Any]:
+    """What attention is told where several heads of [1, H, N, d] queries share one of keys. A
+    compiler that leaves sizes open decides it by such a branch, and would break off at a number."""
+    return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
 
 
 class _Lay(torch.autograd.Function):

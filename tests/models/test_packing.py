@@ -7,9 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distrl.models.packing import PACKED, pack, token_states
+from distrl.models.sharding import shard
 
 pytestmark = pytest.mark.usefixtures("without_kernel")  # which rounds otherwise than torch's
 
@@ -51,7 +55,7 @@ def read(model, ids_BL, chosen):
     """States and the gradients of a loss in which every state counts differently."""
     model.zero_grad(set_to_none=True)
     states_ND = token_states(model.base_model, ids_BL, chosen)
-    weights = torch.linspace(-1, 1, states_ND.numel()).view_as(states_ND)
+    weights = torch.linspace(-1, 1, states_ND.numel()).view_as(states_ND).to(states_ND.device)
     (states_ND.sin() * weights).sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return states_ND.detach(), grads
@@ -181,3 +185,26 @@ def test_the_variable_length_kernel_agrees(ids_BL):
     torch.testing.assert_close(packed, padded, atol=3e-2, rtol=3e-2)
     for mine, theirs in zip(packed_grads, padded_grads, strict=True):
         torch.testing.assert_close(mine, theirs, atol=5e-2, rtol=5e-2)
+
+
+@pytest.fixture
+def mesh(monkeypatch, tmp_path):
+    """Of this process alone."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    meet = f"file://{tmp_path}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_compiler_reads_layers_of_grouped_heads_in_one_piece(mesh, ids_BL):
+    """Where a model is spread, all its sizes are open; a flag made from them would end a graph in
+    the midst of each layer."""
+    model = new_model("qwen2")
+    assert pack(model)
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    shard(model.base_model, mesh, torch.bfloat16)
+    counters.clear()
+    token_states(model.base_model, ids_BL, chosen_BL()).sum().backward()
+    assert counters["frames"]["ok"] > 0 and not counters["graph_break"]
