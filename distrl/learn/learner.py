@@ -195,7 +195,7 @@ class PolicyLearner:
     def _open(self, batch: Experience) -> list[Opening]:
         """The first minibatch's passes, where its policy learns and its way back is this process's
         own affair."""
-        if self.ranks.mesh is not None or not self._policy_learns:
+        if self.ranks.world > 1 or not self._policy_learns:
             return []
         return read_opening(
             batch,

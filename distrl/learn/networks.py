@@ -88,6 +88,9 @@ class Networks:
                 compile_layers(root, device)
                 if isinstance(root, PolicyModel):
                     root.compile_head()
+        if config.dtype != "float32" and self.reference is not None:
+            for weight in self.reference.parameters():  # passes are all that it is there for
+                weight.data = weight.data.to(as_dtype(config.dtype))
         for root in roots:
             if ranks.mesh is None:
                 root.to(device)

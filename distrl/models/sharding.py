@@ -36,19 +36,35 @@ def shard(
     """Spread `module` over `mesh`, in place and layer by layer; its forward is the only way in.
 
     Gradients are summed over ranks, not averaged: each rank's loss is its share of the whole.
-    offload: what is not being computed with waits in the CPU's memory.
+    offload: what is not being computed with waits in the CPU's memory. A rank that is alone, and
+    has all weights anyway, has them in `compute` at once, from its pass there to the end of its way
+    back: a layer's own gathering takes a GPU's host longer than the GPU takes to run the layer.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for part in [*(layer for _, _, layer in layers(module)), module]:
-        # Also the outermost is spread again after each pass: a pass without gradient would
-        # else leave its weights whole, and out of date after the next step.
+    at_once = mesh.size() == 1 and not offload
+    parts = [] if at_once else [layer for _, _, layer in layers(module)]
+    for part in [*parts, module]:
+        # Also the outermost is spread again after each pass: one without gradient would else leave
+        # its weights whole, and out of date after the next step.
         fully_shard(
-            part, mesh=mesh, mp_policy=precision, offload_policy=where, reshard_after_forward=True
+            part,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=where,
+            reshard_after_forward=not at_once,
         )
         root = cast(FSDPModule, part)
         root.set_gradient_divide_factor(1.0)
         root.set_force_sum_reduction_for_comms(True)
+    if at_once:
+        module.register_forward_hook(_let_go)
+
+
+def _let_go(module: nn.Module, args: object, output: object) -> None:
+    """After a pass that has no way back."""
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, module).reshard()
 
 
 def checkpoint_activations(module: nn.Module) -> None:

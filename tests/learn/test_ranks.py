@@ -126,6 +126,29 @@ def test_two_ranks_come_to_what_one_does(ran, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_that_is_alone_comes_to_the_same(ran, case, tiny_policy, make_groups, tmp_path):
+    """It has all weights whole at once, and lets go of them after each pass."""
+    job = {"policy": str(tiny_policy)}
+    examples = ran[0].parent / "examples.safetensors"
+    config = {"config": QUICK | CASES[case], "examples": examples if case == "shared" else None}
+    spec = spec_of(job, config, tmp_path)
+    learner = PolicyLearner(replace(spec, place=Place(address=free_address())))
+    try:
+        run(learner, config, [make_groups(seed=step + 1) for step in range(STEPS)], tmp_path)
+    finally:
+        learner.close()
+    wanted = json.loads((ran[0] / case / "told.json").read_text())
+    found = json.loads((tmp_path / "told.json").read_text())
+    for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
+        timeless = [n for n in one if not n.startswith("time/")]
+        assert [other[n] for n in timeless] == pytest.approx([one[n] for n in timeless], abs=1e-5)
+    assert found["probe"] == pytest.approx(wanted["probe"], abs=1e-5)
+    published = [load_file(f / "published.safetensors") for f in (ran[0] / case, tmp_path)]
+    torch.testing.assert_close(published[1], published[0], **CLOSE)
+
+
+@pytest.mark.slow
 def test_two_ranks_take_up_what_one_saved(ran):
     alone, both = ran
     unbroken = load_file(alone / "ppo" / "published.safetensors")
