@@ -2,7 +2,7 @@
 share of the device's arithmetic that a step makes use of.
 
     python benchmarks/learner_efficiency.py [--hidden 256] [--rounds 5] [--threads 2]
-    python benchmarks/learner_efficiency.py --shape qwen2.5-0.5b      (a GPU, in bfloat16)
+    python benchmarks/learner_efficiency.py --shape qwen2.5-0.5b --compile   (a GPU, in bfloat16)
 
 Ours: a PPO step (policy, reference and critic read once, then one epoch of minibatches with both
 optimizers) on rollouts of mixed length, 12 + 8 to 48 tokens. Bare: as many tokens as ours reads
@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import argparse
 import resource
+import shlex
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +39,7 @@ import numpy as np
 import torch
 from common import GIB, ok, report
 from flops import data_sheet, peak_flops, step_flops
+from torch.profiler import DeviceType, ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from distrl.config import LearnConfig, ModelConfig
@@ -83,7 +86,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--kernels", type=int, default=0, help="with --shape: the longest of a GPU")
     parser.add_argument("--micro_tokens", type=int, default=16_384, help="with --shape")
+    for name in ("compile", "checkpoint_activations"):
+        parser.add_argument(f"--{name}", action="store_true", help="learn's; with --shape")
     for name, value in (("samples", 64), ("prompt", 256), ("shortest", 128), ("longest", 768)):
         parser.add_argument(f"--{name}", type=int, default=value, help="with --shape")
     options = parser.parse_args()
@@ -137,8 +143,12 @@ def _of_a_shape(scratch: Path, options: argparse.Namespace) -> None:
     tokenizer = train_tokenizer([WORDS] * 8, 2048, 128)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape = Qwen2Config.from_dict(SHAPES[options.shape] | ends | {"tie_word_embeddings": True})
-    save_policy(AutoModelForCausalLM.from_config(shape), tokenizer, scratch / "policy")
-    spec = make_spec(scratch, options.threads, {"micro_tokens": options.micro_tokens})
+    with best_device():  # a CPU alone would take a minute for the random numbers
+        model = AutoModelForCausalLM.from_config(shape)
+    save_policy(model.cpu(), tokenizer, scratch / "policy")
+    del model
+    asked = ("micro_tokens", "compile", "checkpoint_activations")
+    spec = make_spec(scratch, options.threads, {name: getattr(options, name) for name in asked})
     spec = replace(spec, longest=sizes.longest)
     if best_device().type == "cuda":
         learn = spec.config.model_copy(update={"gpus": 1, "dtype": "bfloat16"})
@@ -146,7 +156,8 @@ def _of_a_shape(scratch: Path, options: argparse.Namespace) -> None:
         spec = replace(spec, config=learn, threads=None, place=place)
     learner = PolicyLearner(spec)
     step = _ours(learner, sizes)
-    step()
+    for _ in range(2):
+        step()  # compiled, and what is allocated once
     times = [_timed(step) for _ in range(options.rounds)]
     seconds = statistics.median(times)
     batch = make_batch(learner.version, sizes)
@@ -156,12 +167,24 @@ def _of_a_shape(scratch: Path, options: argparse.Namespace) -> None:
         "seconds a step": f"{seconds:.2f} ({min(times):.2f} to {max(times):.2f})",
     }
     figures |= _utilisation(learner, sizes, seconds, options.threads)
+    if options.kernels:
+        figures |= _kernels(step, options.kernels)
     learner.close()
-    report(
-        f"The learner over {options.shape}",
-        figures,
-        f"python benchmarks/learner_efficiency.py --shape {options.shape}",
-    )
+    report(f"The learner over {options.shape}", figures, f"python {shlex.join(sys.argv)}")
+
+
+def _kernels(step: Callable[[], Any], shown: int) -> Mapping[str, Any]:
+    """How long a GPU computes of one more step, and at what for the longest."""
+    with profile(activities=[ProfilerActivity.CUDA]) as made:
+        seconds = _timed(step)
+    device = [event for event in made.key_averages() if event.device_type == DeviceType.CUDA]
+    device.sort(key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in device) / 1e6
+    told = {"the GPU computes": f"{busy:.2f} s of a step's {seconds:.2f}"}
+    return told | {
+        f"  {event.key[:60]}": f"{event.self_device_time_total / 1e3:.1f} ms, {event.count} times"
+        for event in device[:shown]
+    }
 
 
 def _utilisation(

@@ -265,8 +265,8 @@ class LearnConfig(Section):
     )
     compile: bool = Field(
         default=False,
-        description="compile each layer (torch.compile): a fifth faster on a CPU after the first "
-        "steps, which take a minute longer; needs a C++ compiler",
+        description="compile each layer (torch.compile): a fifth faster on a CPU and half as fast "
+        "again on a GPU, after the first steps, which take a minute longer; needs a C++ compiler",
     )
     offload: bool = Field(
         default=False,
@@ -284,7 +284,10 @@ class LearnConfig(Section):
     epochs: int = Field(default=1, ge=1, description="passes over a batch")
     minibatches: int = Field(default=2, ge=1, description="optimizer steps a pass")
     micro_tokens: int = Field(
-        default=2048, ge=16, description="tokens of a forward-backward pass, pads included"
+        default=2048,
+        ge=16,
+        description="tokens of a forward-backward pass, pads included; on a GPU as "
+        "many as its memory holds",
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of each gradient")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")

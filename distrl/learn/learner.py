@@ -245,7 +245,12 @@ class PolicyLearner:
         turn = self.step * self.config.epochs * self.config.minibatches + place
         examples = self.pretrain.turn(turn, settings.sequences)
         return pretrain_backward(
-            self.networks, examples, settings.coef, self.config.micro_tokens, self.ranks
+            self.networks,
+            examples,
+            settings.coef,
+            self.config.micro_tokens,
+            self.ranks,
+            self.device,
         )
 
     def _apply(

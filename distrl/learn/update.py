@@ -33,6 +33,8 @@ from distrl.learn.prepare import Prepared
 from distrl.learn.ranks import ALONE, Load, Ranks
 from distrl.models.crew import Gradients, hand_over
 
+CPU = torch.device("cpu")
+
 
 def minibatches(size: int, config: LearnConfig, seed: tuple[int, ...]) -> Iterator[Tensor]:
     """Row indices of each optimizer step: every epoch shuffles anew, by `seed` alone."""
@@ -312,12 +314,13 @@ def pretrain_backward(
     coef: float,
     micro_tokens: int,
     ranks: Ranks = ALONE,
+    device: torch.device = CPU,
 ) -> float:
     """Add `coef` times the gradient of the mean token's -log p over whole examples (Ouyang et al.
-    2022, eq. 2). examples: [L] ids each, at least two. Returns that mean, nats a token."""
+    2022, eq. 2). examples: [L] ids each, at least two. device: where passes are made, which weights
+    may wait elsewhere for. Returns that mean, nats a token."""
     lengths = torch.tensor([len(example) for example in examples])
     tokens = int((lengths - 1).sum())
-    device = next(networks.policy.parameters()).device
     loads = ranks.loads(
         lengths, torch.arange(len(examples)), micro_tokens, padded=not networks.packed
     )
@@ -328,9 +331,9 @@ def pretrain_backward(
         for part, counts in load:
             ids = torch.nn.utils.rnn.pad_sequence(
                 [examples[row] for row in part.tolist()], batch_first=True
-            ).to(device)
-            places = torch.arange(ids.shape[1], device=device)
-            chosen = places < (lengths[part].to(device) - 1)[:, None]
+            )
+            chosen = torch.arange(ids.shape[1]) < (lengths[part] - 1)[:, None]
+            ids, chosen = ids.to(device), chosen.to(device)
             _, logprobs, _ = networks.policy(ids, chosen, ids[:, 1:][chosen[:, :-1]])
             loss = -logprobs.sum() * counts / tokens
             gradients.backward(coef * loss)
