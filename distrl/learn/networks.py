@@ -88,9 +88,6 @@ class Networks:
                 compile_layers(root, device)
                 if isinstance(root, PolicyModel):
                     root.compile_head()
-        if config.dtype != "float32" and self.reference is not None:
-            for weight in self.reference.parameters():  # passes are all that it is there for
-                weight.data = weight.data.to(as_dtype(config.dtype))
         for root in roots:
             if ranks.mesh is None:
                 root.to(device)
@@ -98,6 +95,9 @@ class Networks:
             if isinstance(root, ScalarModel):  # values keep float32's digits
                 shard(root.head, ranks.mesh, torch.float32, offload=config.offload)
             compute = torch.float32 if isinstance(root, nn.Linear) else as_dtype(config.dtype)
+            if root is self.reference:
+                for weight in root.parameters():  # passes are all that it is there for
+                    weight.data = weight.data.to(compute)
             shard(root, ranks.mesh, compute, offload=config.offload)
         if self.adapter is not None:
             self.adapter = Adapter(self.policy.model)

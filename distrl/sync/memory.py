@@ -222,8 +222,8 @@ _own = threading.local()
 
 
 def _landing(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """[count] in this thread's page-locked memory, to which a GPU copies some forty times as fast
-    as to any other; it is each time the same."""
+    """[count] in this thread's page-locked memory, the same each time: a GPU copies there with no
+    stop on the way."""
     if getattr(_own, "memory", None) is None:
         _own.memory = torch.empty(PART * 8, dtype=torch.uint8, pin_memory=True)
     return _own.memory[: count * dtype.itemsize].view(dtype)
