@@ -93,6 +93,8 @@ def main() -> None:
     for name, value in (("samples", 64), ("prompt", 256), ("shortest", 128), ("longest", 768)):
         parser.add_argument(f"--{name}", type=int, default=value, help="with --shape")
     options = parser.parse_args()
+    if options.kernels and not (options.shape and best_device().type == "cuda"):
+        parser.error("--kernels are a GPU's, with --shape")
     with tempfile.TemporaryDirectory(prefix="distrl-benchmark-") as scratch:
         keep_freed_memory()
         if options.shape is None:
