@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 
 AVERAGE = "average.safetensors"
 
+WRITERS = 4
+"""Threads that copy a GPU's weights into memory, where one is slower than the way from the GPU."""
+
 
 class PolicyLearner:
     """Policy optimisation as the `learn` section composes it. Not thread-safe: one call at a
@@ -86,7 +89,7 @@ class PolicyLearner:
         )
         self.pretrain = Examples.load(spec.pretrain) if spec.pretrain is not None else None
         self.publisher = (
-            SharedMemoryPublisher(spec.threads or 1) if self.ranks.first else Bystander()
+            SharedMemoryPublisher(spec.threads or WRITERS) if self.ranks.first else Bystander()
         )
         self.recorder = self._new_recorder()
         self.total_steps = spec.total_steps

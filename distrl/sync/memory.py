@@ -6,7 +6,8 @@ Each published version is one safetensors image in an anonymous memory file
 `/proc/<learner pid>/fd/<n>`. It has no name in any file system, so it is gone with
 the learner however that ends: there is never a file in /dev/shm to clean up.
 
-A new version is written over the oldest, as most of a write is finding free pages of memory. Who
+A new version is written over the oldest, in memory that the writer has mapped: nothing is left to
+do then but to copy numbers, where finding and mapping free pages takes eight times as long. Who
 reads an image holds a lock on it (`hold`), and then it is let go of instead; and an image says
 which version it is.
 """
@@ -17,14 +18,13 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
-from functools import partial
-from itertools import accumulate
 from typing import BinaryIO, Protocol
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -59,9 +59,9 @@ class SharedMemoryPublisher:
     """Holds the newest versions of a set of weights for other processes to read."""
 
     def __init__(self, threads: int = 1) -> None:
-        """threads: that write large tensors."""
-        self._open: deque[BinaryIO] = deque()
-        self._writers = ThreadPoolExecutor(threads, "publish")
+        """threads: that copy tensors."""
+        self._kept: deque[_Memory] = deque()
+        self._writers = _Writers(threads)
 
     def publish(self, tensors: Mapping[str, Weight], version: int) -> tuple[str, int]:
         """Write `tensors` to shared memory.
@@ -71,51 +71,76 @@ class SharedMemoryPublisher:
         Those that are spread over ranks, or a sum, are put together one at a time; the other ranks
         have to take part with a `Bystander`.
         """
-        with self._writing() as file:
-            nbytes = write_safetensors(file, tensors, version, self._writers)
-        return _path(file), nbytes
+        with self._writing() as memory:
+            nbytes = write_safetensors(memory, tensors, version, self._writers)
+        return memory.path, nbytes
 
     def relay(self, image: bytes | memoryview) -> str:
         """Hold the image of a version that was published on another machine.
 
-        Returns the path that a reader on this machine opens.
+        Returns the path that a reader on this machine opens. Raises OSError when memory is short.
         """
-        with self._writing() as file:
-            _write(file, memoryview(image), at=0)
-            os.ftruncate(file.fileno(), len(image))
-        return _path(file)
+        with self._writing() as memory:
+            memory.sized(len(image)).numpy()[:] = np.frombuffer(image, dtype=np.uint8)
+        return memory.path
 
     @contextmanager
-    def _writing(self) -> Iterator[BinaryIO]:
-        """A file that nobody reads; the newest version from then on, or gone where that failed."""
-        file = self._writable()
+    def _writing(self) -> Iterator[_Memory]:
+        """Memory that nobody reads; the newest version from then on, or gone where that failed."""
+        memory = self._writable()
         try:
-            yield file
+            yield memory
         except BaseException:
-            file.close()
+            memory.file.close()
             raise
-        flock(file, LOCK_UN)
-        self._open.append(file)
+        flock(memory.file, LOCK_UN)
+        self._kept.append(memory)
 
-    def _writable(self) -> BinaryIO:
-        """The oldest version's file, or a new one where there are not enough versions yet or
-        somebody is reading that; locked."""
-        if len(self._open) >= KEPT_VERSIONS:
-            file = self._open.popleft()
+    def _writable(self) -> _Memory:
+        """The oldest version's, or new where there are not enough versions yet or somebody is
+        reading that; locked."""
+        if len(self._kept) >= KEPT_VERSIONS:
+            oldest = self._kept.popleft()
             try:
-                flock(file, LOCK_EX | LOCK_NB)
-                return file
+                flock(oldest.file, LOCK_EX | LOCK_NB)
+                return oldest
             except BlockingIOError:
-                file.close()
-        file = os.fdopen(os.memfd_create(NAME), "r+b", buffering=0)
-        flock(file, LOCK_EX)
-        return file
+                oldest.file.close()
+        memory = _Memory()
+        flock(memory.file, LOCK_EX)
+        return memory
 
     def close(self) -> None:
         """Free all versions. May be called twice."""
-        while self._open:
-            self._open.popleft().close()
-        self._writers.shutdown()
+        while self._kept:
+            self._kept.popleft().file.close()
+        self._writers.close()
+
+
+class _Memory:
+    """A memory file, and its bytes as this process sees them: mapped once, for all versions."""
+
+    def __init__(self) -> None:
+        self.file: BinaryIO = os.fdopen(os.memfd_create(NAME), "r+b", buffering=0)
+        self._mapped: torch.Tensor | None = None
+
+    def sized(self, size: int) -> torch.Tensor:
+        """[size] uint8, all of the file, which has that size from now on.
+
+        Raises OSError when memory is short: all of it is asked for here, as a mapped page that
+        cannot be had would end the process.
+        """
+        if self._mapped is None or len(self._mapped) != size:
+            number = self.file.fileno()
+            os.ftruncate(number, size)
+            os.posix_fallocate(number, 0, size)
+            self._mapped = torch.from_file(self.path, shared=True, size=size, dtype=torch.uint8)
+        return self._mapped
+
+    @property
+    def path(self) -> str:
+        """Where other processes find it."""
+        return f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
 
 
 def hold(path: str, version: int) -> BinaryIO:
@@ -148,7 +173,7 @@ class Bystander:
     def publish(self, tensors: Mapping[str, Weight], version: int) -> tuple[str, int]:
         """Raises NonFiniteWeights where `SharedMemoryPublisher` does."""
         for name, tensor in tensors.items():
-            _gathered(name, tensor)
+            _check_finite(whole(tensor).detach(), name)
         return "", 0
 
     def close(self) -> None: ...
@@ -165,14 +190,40 @@ DTYPES = {
 METADATA = "__metadata__"
 """What safetensors calls a header's entry for texts of one's own."""
 
-PART = 2**22
-"""Elements of a tensor that one thread writes at a time."""
+PART = 2**20
+"""Elements of a tensor that one thread copies at a time: few enough to be in a cache still, from
+looking whether they are finite."""
+
+TURN = 2**28
+"""Bytes that are copied in one turn; what is put together of a spread weight is held until then."""
+
+Part = tuple[torch.Tensor, torch.Tensor, str]
+"""[n] bytes of an image, the numbers that go there, and the name of their tensor."""
+
+
+class _Writers:
+    """Threads that copy parts of tensors."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "publish", torch.set_num_threads, (1,))
+
+    def write(self, parts: Sequence[Part]) -> None:
+        """Nobody is at work any more when this ends. Raises NonFiniteWeights."""
+        shares = [parts[place :: self._threads] for place in range(self._threads)]
+        futures = [self._pool.submit(_write_share, share) for share in shares if share]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Weight], version: int, writers: ThreadPoolExecutor
+    memory: _Memory, tensors: Mapping[str, Weight], version: int, writers: _Writers
 ) -> int:
-    """Make `file` the image of `tensors`, written one at a time; returns their bytes.
+    """Make `memory` the image of `tensors`; returns their bytes.
 
     The library's own writer either renames a temporary file into place, which an
     anonymous file cannot have, or builds the whole image in memory first; and it refuses a tied
@@ -193,29 +244,32 @@ def write_safetensors(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     head = len(encoded).to_bytes(8, "little") + encoded
-    _write(file, memoryview(head), at=0)
-    at = len(head)
+    image = memory.sized(len(head) + end)
+    image[: len(head)].numpy()[:] = np.frombuffer(head, dtype=np.uint8)
+    _write_all(image[len(head) :], tensors, writers)
+    return end
+
+
+def _write_all(image: torch.Tensor, tensors: Mapping[str, Weight], writers: _Writers) -> None:
+    """One after the other; `image` is their bytes."""
+    parts: list[Part] = []
+    at = done = 0
     for name, tensor in tensors.items():
-        at = _write_tensor(file, _gathered(name, tensor), at, writers)
-    os.ftruncate(file.fileno(), at)
-    return end
+        for part in whole(tensor).detach().contiguous().view(-1).split(PART):
+            parts.append((image[at : at + part.nbytes], part, name))
+            at += part.nbytes
+        if at - done >= TURN:
+            writers.write(parts)
+            parts, done = [], at
+    writers.write(parts)
 
 
-def _write_tensor(
-    file: BinaryIO, tensor: torch.Tensor, at: int, writers: ThreadPoolExecutor
-) -> int:
-    """Its numbers from byte `at` on; returns where they end."""
-    parts = tensor.contiguous().view(-1).split(PART)
-    *places, end = accumulate((part.nbytes for part in parts), initial=at)
-    each = writers.map if len(parts) > 1 else map  # a small one is written by who asks
-    list(each(partial(_write_part, file), parts, places))
-    return end
-
-
-def _write_part(file: BinaryIO, part: torch.Tensor, at: int) -> None:
-    if part.is_cuda:
-        part = _landing(part.numel(), part.dtype).copy_(part)
-    _write(file, part.view(torch.uint8).numpy().data, at)
+def _write_share(parts: Sequence[Part]) -> None:
+    for place, part, name in parts:
+        _check_finite(part, name)
+        if part.is_cuda:
+            part = _landing(part.numel(), part.dtype).copy_(part)
+        place.copy_(part.view(torch.uint8))
 
 
 _own = threading.local()
@@ -236,24 +290,10 @@ def whole(tensor: Weight) -> torch.Tensor:
     return tensor.full_tensor()
 
 
-def _gathered(name: str, tensor: Weight) -> torch.Tensor:
-    """All of it, every number finite. A finite sum says so; another one may be too large only."""
-    gathered = whole(tensor).detach()
-    if not (torch.isfinite(gathered.sum()) or torch.isfinite(gathered).all()):
+def _check_finite(numbers: torch.Tensor, name: str) -> None:
+    """A finite sum says that all are; another one may be too large only."""
+    if not (torch.isfinite(numbers.sum()) or torch.isfinite(numbers).all()):
         raise NonFiniteWeights(
             f"{name} holds a NaN or Inf; these weights are not published. See the model that they "
             "come from, or lower learn.lr and start anew from a whole one"
         )
-    return gathered
-
-
-def _path(file: BinaryIO) -> str:
-    """Where other processes find a file of this one."""
-    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
-
-
-def _write(file: BinaryIO, data: memoryview, at: int) -> None:
-    """All of `data` from byte `at` on; one write moves at most 2 GiB."""
-    while data:
-        written = os.pwrite(file.fileno(), data, at)
-        data, at = data[written:], at + written

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -61,12 +64,51 @@ def test_what_safetensors_reads_is_what_was_published(publisher):
 
 def test_a_tensor_of_many_parts_is_written_by_all_threads_and_whole(monkeypatch):
     monkeypatch.setattr("distrl.sync.memory.PART", 1000)
+    monkeypatch.setattr("distrl.sync.memory.TURN", 30_000)
     sent = {"large": torch.randn(123, 77), "small": torch.randn(5), "last": torch.randn(2001)}
     publisher = SharedMemoryPublisher(threads=3)
     path, _ = publisher.publish(sent, version=0)
     received = load_file(path)
     assert all(torch.equal(received[name], tensor) for name, tensor in sent.items())
     publisher.close()
+
+
+class Spread:
+    """A weight that is put together when it is asked for, and how many there are at a time."""
+
+    dtype, shape = torch.float32, torch.Size([50])
+    whole: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+    most = 0
+
+    def full_tensor(self) -> torch.Tensor:
+        tensor = torch.arange(50.0)
+        self.whole.add(tensor.untyped_storage())
+        Spread.most = max(Spread.most, len(self.whole))
+        return tensor
+
+
+def test_no_more_spread_weights_are_put_together_than_a_turn_takes(publisher, monkeypatch):
+    monkeypatch.setattr("distrl.sync.memory.TURN", 500)  # bytes; a weight has 200
+    path, _ = publisher.publish({f"w{place}": Spread() for place in range(12)}, version=0)
+    assert len(received := load_file(path)) == 12
+    assert all(torch.equal(tensor, torch.arange(50.0)) for tensor in received.values())
+    assert Spread.most == 3 and not Spread.whole
+
+
+def test_a_memory_that_is_short_is_an_error_and_no_end(publisher, monkeypatch):
+    publisher.publish(tensors(0), version=0)
+    open_before = open_files()
+
+    def short(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", short)
+        with pytest.raises(OSError, match="No space left"):
+            publisher.publish(tensors(1), version=1)
+    assert open_files() == open_before
+    path, _ = publisher.publish(tensors(2), version=2)
+    assert torch.equal(load_file(path)["float32"], tensors(2)["float32"])
 
 
 def test_numbers_whose_sum_is_too_large_are_finite_all_the_same(publisher):
