@@ -5,8 +5,9 @@
 A sync: the learner publishes (finite check and image in shared memory, the probe beside them), the
 generator pauses its engine, takes the image on, resumes, and proves it by the canary.
 The copy: all tensors into memory that is there already, one thread; into new memory it takes up to
-five times as long, or not, as the allocator has it. Both in turns, the engine idle. Aim, set before
-the first run: at most twice the copy for the publication; the engine's part is reported beside it.
+five times as long, or not, as the allocator has it. "Write" is the image alone, by as many threads
+as there are cores. In turns, the engine idle. Aim, set before the first run: at most twice the copy
+for the publication; the engine's part is reported beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from distrl.generate.generator import VLLMGenerator
 from distrl.models.crew import Crew
 from distrl.models.load import load_policy, new_llama, save_policy
 from distrl.sync.canary import publish_model
-from distrl.sync.memory import SharedMemoryPublisher
+from distrl.sync.memory import KEPT_VERSIONS, SharedMemoryPublisher
 
 CORES = 2
 WORDS = "the movie is a good film and the story was not as bad as it could have been"
@@ -74,16 +75,19 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
     generator = VLLMGenerator("g0", spec, SyncConfig())
     await generator.start()
     crew = Crew.of_cores(CORES)
-    publisher = SharedMemoryPublisher(CORES)
+    publisher, another = SharedMemoryPublisher(CORES), SharedMemoryPublisher(CORES)
     nbytes = 0
     copies = [parameter.detach().clone() for parameter in model.parameters()]
-    times: dict[str, list[float]] = {"copy": [], "publish": [], "transfer": [], "canary": []}
+    names = ("copy", "write", "publish", "transfer", "canary")
+    times: dict[str, list[float]] = {name: [] for name in names}
     try:
-        for version in range(1, rounds + 2):
+        for version in range(1, rounds + 1 + KEPT_VERSIONS):
             began = time.perf_counter()
             for copy, parameter in zip(copies, model.parameters(), strict=True):
                 copy.copy_(parameter.detach())
             copied = time.perf_counter()
+            another.publish(model.state_dict(), version)
+            written = time.perf_counter()
             weights = publish_model(
                 model,
                 publisher,
@@ -98,13 +102,13 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
             gap = await generator._canary_gap(weights)
             proven = time.perf_counter()
             assert gap < 1e-3, gap
-            if version > 1:  # the first touches everything for the first time
-                times["copy"].append(copied - began)
-                times["publish"].append(ready - copied)
-                times["transfer"].append(held - ready)
-                times["canary"].append(proven - held)
+            if version > KEPT_VERSIONS:  # the first ones touch everything for the first time
+                marks = (began, copied, written, ready, held, proven)
+                for name, start, end in zip(names, marks, marks[1:], strict=False):
+                    times[name].append(end - start)
     finally:
         publisher.close()
+        another.close()
         crew.close()
         await generator.close()
     ratio = statistics.median(times["publish"]) / statistics.median(times["copy"])
@@ -112,6 +116,7 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
     return {
         f"{shape}, MB": f"{nbytes / 1e6:.1f}",
         f"{shape}, copy, ms": shown["copy"],
+        f"{shape}, write, ms": shown["write"],
         f"{shape}, publish, ms": shown["publish"],
         f"{shape}, publish over copy": f"{'ok  ' if ratio <= 2 else 'MISS'} {ratio:.2f}",
         f"{shape}, engine paused and loading, ms": shown["transfer"],
