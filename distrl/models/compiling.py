@@ -44,7 +44,7 @@ def compile_layers(module: nn.Module, device: torch.device) -> None:
     kind of pass, once on a machine."""
     if device.type == "cpu":
         attention.build()
-    for _, _, layer in layers(module):
+    for layer in layers(module):
         layer.compile(dynamic=True, backend=_backend(), recompile_limit=VARIANTS)
 
 

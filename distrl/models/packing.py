@@ -116,7 +116,7 @@ def pack(model: PreTrainedModel) -> bool:
         log.warning("%s cannot read without pads: %s", type(model).__name__, error)
         model.set_attn_implementation(before)
         return False
-    for _, _, last in list(layers(model))[-1:]:
+    for last in list(layers(model))[-1:]:
         if {name for name, _ in last.named_children()} >= PARTS:
             last.forward = functools.partial(_last_layer, last)
             try:

@@ -7,16 +7,13 @@ the copies that are gathered for a pass have that one, and gradients are summed 
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointWrapper,
-    checkpoint_wrapper,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -25,6 +22,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.utils.checkpoint import checkpoint
 
 # It fears operations in place on what a module returns; there are none here.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -43,7 +41,7 @@ def shard(
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
     at_once = mesh.size() == 1 and not offload
-    parts = [] if at_once else [layer for _, _, layer in layers(module)]
+    parts = [] if at_once else list(layers(module))
     for part in [*parts, module]:
         # Also the outermost is spread again after each pass: one without gradient would else leave
         # its weights whole, and out of date after the next step.
@@ -69,19 +67,17 @@ def _let_go(module: nn.Module, args: object, output: object) -> None:
 
 def checkpoint_activations(module: nn.Module) -> None:
     """Each layer keeps its input alone, and is computed again on the way back (Chen et al. 2016).
-    Names in the module's state stay as they are."""
-    for parent, name, layer in list(layers(module)):
-        setattr(parent, name, checkpoint_wrapper(layer))
+    Layers stay where they are, under their names."""
+    for layer in layers(module):
+        layer.forward = functools.partial(_computed_again, layer.forward)
 
 
-def layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name in it, layer) of what its model calls units that must not be split."""
-    kinds = {
-        kind for part in module.modules() for kind in getattr(part, "_no_split_modules", None) or ()
-    }
-    for parent in module.modules():
-        if not isinstance(parent, CheckpointWrapper):
-            for name, child in parent.named_children():
-                inner = getattr(child, "_checkpoint_wrapped_module", child)
-                if type(inner).__name__ in kinds:
-                    yield parent, name, child
+def _computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What its model calls units that must not be split."""
+    parts = list(module.modules())
+    kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
+    return (part for part in parts if type(part).__name__ in kinds)

@@ -26,9 +26,9 @@ EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 IDS = torch.arange(20, 50)[None]
 
 
-@pytest.fixture
-def learner(new_learner):
-    return new_learner(**LORA)
+@pytest.fixture(params=[False, True], ids=["", "activations anew"])
+def learner(new_learner, request):
+    return new_learner(**LORA, checkpoint_activations=request.param)
 
 
 def logits(model):
