@@ -194,9 +194,6 @@ PART = 2**20
 """Elements of a tensor that one thread copies at a time: few enough to be in a cache still, from
 looking whether they are finite."""
 
-TURN = 2**28
-"""Bytes that are copied in one turn; what is put together of a spread weight is held until then."""
-
 Part = tuple[torch.Tensor, torch.Tensor, str]
 """[n] bytes of an image, the numbers that go there, and the name of their tensor."""
 
@@ -251,17 +248,26 @@ def write_safetensors(
 
 
 def _write_all(image: torch.Tensor, tensors: Mapping[str, Weight], writers: _Writers) -> None:
-    """One after the other; `image` is their bytes."""
+    """`image` is their bytes. Those that are there are copied together; one that has to be made for
+    it is copied at once, and gone before the next."""
     parts: list[Part] = []
-    at = done = 0
+    at = 0
     for name, tensor in tensors.items():
-        for part in whole(tensor).detach().contiguous().view(-1).split(PART):
-            parts.append((image[at : at + part.nbytes], part, name))
-            at += part.nbytes
-        if at - done >= TURN:
+        place = image[at:][: tensor.shape.numel() * tensor.dtype.itemsize]
+        at += len(place)
+        parts += _parts(tensor, place, name)
+        if isinstance(tensor, DTensor) or not (
+            isinstance(tensor, torch.Tensor) and tensor.is_contiguous()
+        ):
             writers.write(parts)
-            parts, done = [], at
+            parts.clear()
     writers.write(parts)
+
+
+def _parts(tensor: Weight, place: torch.Tensor, name: str) -> list[Part]:
+    numbers = whole(tensor).detach().contiguous().view(-1).split(PART)
+    places = place.split(PART * tensor.dtype.itemsize)
+    return [(there, these, name) for there, these in zip(places, numbers, strict=True)]
 
 
 def _write_share(parts: Sequence[Part]) -> None:

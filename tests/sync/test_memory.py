@@ -64,7 +64,6 @@ def test_what_safetensors_reads_is_what_was_published(publisher):
 
 def test_a_tensor_of_many_parts_is_written_by_all_threads_and_whole(monkeypatch):
     monkeypatch.setattr("distrl.sync.memory.PART", 1000)
-    monkeypatch.setattr("distrl.sync.memory.TURN", 30_000)
     sent = {"large": torch.randn(123, 77), "small": torch.randn(5), "last": torch.randn(2001)}
     publisher = SharedMemoryPublisher(threads=3)
     path, _ = publisher.publish(sent, version=0)
@@ -87,12 +86,12 @@ class Spread:
         return tensor
 
 
-def test_no_more_spread_weights_are_put_together_than_a_turn_takes(publisher, monkeypatch):
-    monkeypatch.setattr("distrl.sync.memory.TURN", 500)  # bytes; a weight has 200
-    path, _ = publisher.publish({f"w{place}": Spread() for place in range(12)}, version=0)
-    assert len(received := load_file(path)) == 12
-    assert all(torch.equal(tensor, torch.arange(50.0)) for tensor in received.values())
-    assert Spread.most == 3 and not Spread.whole
+def test_spread_weights_are_put_together_one_at_a_time(publisher):
+    sent = {f"w{place}": Spread() for place in range(12)} | tensors()
+    received = load_file(publisher.publish(sent, version=0)[0])
+    assert len(received) == len(sent)
+    assert all(torch.equal(received[f"w{place}"], torch.arange(50.0)) for place in range(12))
+    assert Spread.most == 1 and not Spread.whole
 
 
 def test_a_memory_that_is_short_is_an_error_and_no_end(publisher, monkeypatch):
