@@ -61,6 +61,18 @@ def named(process: psutil.Process, prefixes: tuple[str, ...]) -> bool:
     return False
 
 
+def told_of(process: psutil.Process) -> str:
+    """What it is, what it does, and whose it is."""
+    with suppress(psutil.Error):
+        words = " ".join(" ".join(process.cmdline()).split())[:300]
+        age = time.time() - process.create_time()
+        return (
+            f"{process.pid} ({process.status()}, {age:.0f} s old, {process.cpu_times().user:.1f} s "
+            f"of them computing, parent {process.ppid()}): {words}"
+        )
+    return f"{process.pid}, gone by now"
+
+
 def heed_ctrl_c() -> None:
     """A shell has its background jobs ignore it, and what they start inherits that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -143,7 +155,8 @@ class Run:
         """No process but those named so, and no file in shared memory."""
         deadline = time.monotonic() + within_s
         while left := [p for p in self.family() if not named(p, but)]:
-            assert time.monotonic() < deadline, f"left running after {within_s:g} s: {left}"
+            told = "; ".join(map(told_of, left))
+            assert time.monotonic() < deadline, f"left running after {within_s:g} s: {told}"
             time.sleep(0.2)
         files = [path for path in self.shared_memory if Path(path).exists()]
         assert not files, f"left in shared memory: {files}"

@@ -9,10 +9,12 @@ import asyncio
 import dataclasses
 import os
 import signal
+from collections.abc import AsyncIterator
 
 import numpy as np
 import psutil
 import pytest
+import pytest_asyncio
 
 from distrl.generate.generator import VLLMGenerator
 from distrl.records import Prompt, Rollout
@@ -190,18 +192,11 @@ async def test_a_prompt_that_is_too_long_is_lost_alone(engine, policies):
     assert not isinstance(rolled, BaseException) and rolled.info.index == 1
 
 
-@pytest.fixture
-def aborted(engine, monkeypatch) -> list[str]:
-    """The ids that are taken out of the engine's own process; no response ends by itself."""
+@pytest_asyncio.fixture(loop_scope="module")
+async def aborted(engine, monkeypatch) -> AsyncIterator[list[str]]:
+    """The ids that are taken out of the engine's own process, which stands still: requests arrive
+    there, and none ends by itself."""
     ids: list[str] = []
-    sampling = engine._sampling
-
-    def endless():
-        params = sampling()
-        params.ignore_eos = True
-        return params
-
-    monkeypatch.setattr(engine, "_sampling", endless)
     core = engine.engine.engine_core
     abort = core.abort_requests_async
 
@@ -210,21 +205,39 @@ def aborted(engine, monkeypatch) -> list[str]:
         await abort(request_ids)
 
     monkeypatch.setattr(core, "abort_requests_async", spy)
-    return ids
+    await engine.engine.pause_generation(mode="keep", clear_cache=False)
+    yield ids
+    await engine.engine.resume_generation()
 
 
 async def test_a_request_that_takes_too_long_is_lost(engine, policies, aborted, monkeypatch):
-    config = engine.spec.config.model_copy(update={"request_timeout_s": 0.02})
+    config = engine.spec.config.model_copy(update={"request_timeout_s": 3})
     monkeypatch.setattr(engine, "spec", dataclasses.replace(engine.spec, config=config))
-    with pytest.raises(RoleError, match=r"'p3' took longer than .*request_timeout_s=0.02"):
+    with pytest.raises(RoleError, match=r"'p3' took longer than .*request_timeout_s=3"):
         await engine.generate(policies.prompt(3))
     assert len(aborted) == 4
     assert engine.engine.get_num_unfinished_requests() == 0
 
 
+async def test_a_request_whose_time_is_over_before_it_is_queued_is_lost(engine, policies):
+    """Nothing has reached the engine yet, or something has: nothing of it is left there."""
+    spec = engine.spec
+    for seconds in (1e-6, 1e-3, 5e-3, 2e-2):
+        config = spec.config.model_copy(update={"request_timeout_s": seconds})
+        engine.spec = dataclasses.replace(spec, config=config)
+        try:
+            with pytest.raises(RoleError, match="'p3' took longer than"):
+                await engine.generate(policies.prompt(3))
+        finally:
+            engine.spec = spec
+        assert engine.engine.get_num_unfinished_requests() == 0
+
+
 async def test_a_cancelled_call_aborts_its_request(engine, policies, aborted):
     rolling = asyncio.create_task(engine.generate(policies.prompt(3)))
-    await asyncio.sleep(0.03)
+    async with asyncio.timeout(30):
+        while engine.engine.get_num_unfinished_requests() < 4:
+            await asyncio.sleep(0.01)
     rolling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await rolling
