@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distrl.algo.checks import check_axes, check_choice, check_range
 from distrl.algo.masked import EPS, masked_mean, masked_var, zero_outside
@@ -40,18 +41,41 @@ def gae(
     check_axes(rewards_BT=rewards_BT, values_BT=values_BT, mask_BT=mask_BT)
     check_range("gamma", gamma, 0, 1)
     check_range("lam", lam, 0, 1)
-    advantage_B = values_BT.new_zeros(values_BT.shape[0])
-    value_B = advantage_B if bootstrap_B is None else bootstrap_B
-    check_axes(values_BT=values_BT, bootstrap_B=value_B)
+    last_B = values_BT.new_zeros(values_BT.shape[0]) if bootstrap_B is None else bootstrap_B
+    check_axes(values_BT=values_BT, bootstrap_B=last_B)
 
-    advantages_BT = torch.zeros_like(values_BT)
-    for t in reversed(range(values_BT.shape[1])):
-        step_B = mask_BT[:, t].bool()
-        delta_B = rewards_BT[:, t] + gamma * value_B - values_BT[:, t]
-        advantage_B = torch.where(step_B, delta_B + gamma * lam * advantage_B, advantage_B)
-        value_B = torch.where(step_B, values_BT[:, t], value_B)
-        advantages_BT[:, t] = zero_outside(advantage_B, step_B)
-    return advantages_BT, zero_outside(advantages_BT + values_BT, mask_BT)
+    steps_BT = mask_BT.bool()
+    deltas_BT = rewards_BT + gamma * _next_values(values_BT, steps_BT, last_B) - values_BT
+    factors_BT = torch.ones_like(deltas_BT).masked_fill(steps_BT, gamma * lam)
+    advantages_BT = _summed_from_behind(zero_outside(deltas_BT, steps_BT), factors_BT)
+    return (
+        zero_outside(advantages_BT, steps_BT),
+        zero_outside(advantages_BT + values_BT, steps_BT),
+    )
+
+
+def _next_values(values_BT: Tensor, steps_BT: Tensor, last_B: Tensor) -> Tensor:
+    """Of each place, the value at the first step after it; last_B where there is none."""
+    end = values_BT.shape[1]
+    places_T = torch.arange(end, device=values_BT.device)
+    here_BT = torch.where(steps_BT, places_T, end)
+    from_here_BT = here_BT.flip(1).cummin(1).values.flip(1)
+    after_BT = pad(from_here_BT[:, 1:], (0, 1), value=end)
+    return torch.cat([values_BT, last_B[:, None]], 1).gather(1, after_BT)
+
+
+def _summed_from_behind(terms_BT: Tensor, factors_BT: Tensor) -> Tensor:
+    """x_t = terms_t + factors_t x_{t+1}, and 0 after the end.
+
+    In log2 T sweeps, each of which has a place sum up twice as many (Hillis and Steele 1986; on
+    linear recurrences Blelloch 1990): place by place, a GPU would be idle for its host's sake.
+    """
+    reach = 1
+    while reach < terms_BT.shape[1]:
+        terms_BT = terms_BT + factors_BT * pad(terms_BT[:, reach:], (0, reach))
+        factors_BT = factors_BT * pad(factors_BT[:, reach:], (0, reach))
+        reach *= 2
+    return terms_BT
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 AVERAGE = "average.safetensors"
 
-WRITERS = 4
+WRITERS = 8
 """Threads that copy a GPU's weights into memory, where one is slower than the way from the GPU."""
 
 

@@ -9,7 +9,7 @@ oneDNN make them, but for the gradients of weights: it would turn both factors r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -45,19 +45,25 @@ def compile_layers(module: nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         attention.build()
     for layer in layers(module):
-        layer.compile(dynamic=True, backend=_backend(), recompile_limit=VARIANTS)
+        layer.compile(**_settings())
 
 
 def compiled(function: Function) -> Function:
     """`function`, compiled when it is first called."""
-    return torch.compile(  # pyright: ignore[reportReturnType, reportCallIssue]
-        function, dynamic=True, backend=_backend(), recompile_limit=VARIANTS
-    )
+    return torch.compile(function, **_settings())  # pyright: ignore[reportReturnType]
+
+
+def _settings() -> dict[str, Any]:
+    """A batch's sizes stay open. Other whole numbers, a head's width among them, are constants: a
+    GPU would spend ten times a rotary embedding's time on finding its places."""
+    torch._dynamo.config.specialize_int = True
+    return {"dynamic": True, "backend": _backend(), "recompile_limit": VARIANTS}
 
 
 @functools.cache
 def _backend() -> Callable[..., Any]:
     """One for all: another object would count as another backend, and all be compiled again."""
+    import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -68,9 +74,17 @@ def _backend() -> Callable[..., Any]:
         def uuid(self) -> bytes:
             return get_hash_for_files((__file__,))
 
-    if not torch.backends.mkldnn.is_available():
-        return compile_fx
-    return functools.partial(compile_fx, config_patches={"post_grad_custom_post_pass": ByOneDNN()})
+    patches = {}
+    if torch.backends.mkldnn.is_available():
+        patches["post_grad_custom_post_pass"] = ByOneDNN()
+
+    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        # What is read off what is kept anyway, as SwiGLU's product is, is made anew on the way back
+        # and not kept too: it takes a pass over memory, that of the product itself, no more.
+        with functorch_config.patch(ban_recompute_materialized_backward=False):
+            return compile_fx(graph, inputs, config_patches=patches)
+
+    return compile_graph
 
 
 def products_by_onednn(graph: fx.Graph) -> None:

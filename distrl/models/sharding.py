@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 # It fears operations in place on what a module returns; there are none here.
@@ -36,7 +37,8 @@ def shard(
     Gradients are summed over ranks, not averaged: each rank's loss is its share of the whole.
     offload: what is not being computed with waits in the CPU's memory. A rank that is alone, and
     has all weights anyway, has them in `compute` at once, from its pass there to the end of its way
-    back: a layer's own gathering takes a GPU's host longer than the GPU takes to run the layer.
+    back, and for passes without one that are made meanwhile: a layer's own gathering takes a GPU's
+    host longer than the GPU takes to run the layer.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
@@ -56,13 +58,24 @@ def shard(
         root.set_gradient_divide_factor(1.0)
         root.set_force_sum_reduction_for_comms(True)
     if at_once:
-        module.register_forward_hook(_let_go)
+        _AsFound(module)
 
 
-def _let_go(module: nn.Module, args: object, output: object) -> None:
-    """After a pass that has no way back."""
-    if not torch.is_grad_enabled():
-        cast(FSDPModule, module).reshard()
+class _AsFound:
+    """A pass that has no way back leaves weights gathered where they were so before it, as they
+    are waiting for another's way back, and lets go of them otherwise."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._gathered = False
+        module.register_forward_pre_hook(self._before, prepend=True)
+        module.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: object) -> None:
+        self._gathered = not isinstance(next(module.parameters()), DTensor)
+
+    def _after(self, module: nn.Module, args: object, output: object) -> None:
+        if not (torch.is_grad_enabled() or self._gathered):
+            cast(FSDPModule, module).reshard()
 
 
 def checkpoint_activations(module: nn.Module) -> None:
