@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from distrl.learn import forward
 from distrl.learn.forward import PolicyModel
-from distrl.models import load_policy
+from distrl.models import compiling, load_policy
 from distrl.models.compiling import compiled
 
 pytestmark = pytest.mark.slow  # what it measures is compiled first
@@ -94,3 +94,39 @@ def test_a_compiled_head_tells_the_same(tiny_policy, kept, monkeypatch):
         with profile(activities=[ProfilerActivity.CPU]) as made:
             quick(ids, chosen, tokens, 1.0, True)
     assert calls(made)["distrl::product"] == 1, "the head's own; layers are not compiled here"
+
+
+class SwiGLU(nn.Module):
+    """A layer's, 7 wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(7, 19, bias=False) for _ in range(2))
+        self.down = nn.Linear(19, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_follows_from_what_is_kept_is_not_kept_too_on_a_gpu(gpu, monkeypatch):
+    """SwiGLU's product is as large as each of its factors, and these are kept anyway."""
+    monkeypatch.setattr(compiling, "_on_gpu", lambda inputs: gpu)
+    torch.compiler.reset()  # what the other way compiled would serve
+    torch.manual_seed(0)
+    plain, kept = SwiGLU(), Counter[torch.Size]()
+    quick = compiled(lambda x: plain(x))
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.shape] += 1
+        return tensor
+
+    found = []
+    for model in (plain, quick):
+        kept.clear()
+        x = torch.linspace(-1, 1, 5 * 7).view(5, 7).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            out = model(x)
+        found.append(torch.autograd.grad(out.square().sum(), [x, *plain.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+    assert kept[torch.Size((5, 19))] == (2 if gpu else 3)

@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distrl.models import compiling
+from distrl.models.compiling import compile_layers
 from distrl.models.packing import PACKED, pack, token_states
 from distrl.models.sharding import shard
 
@@ -208,3 +210,23 @@ def test_a_compiler_reads_layers_of_grouped_heads_in_one_piece(mesh, ids_BL):
     counters.clear()
     token_states(model.base_model, ids_BL, chosen_BL()).sum().backward()
     assert counters["frames"]["ok"] > 0 and not counters["graph_break"]
+
+
+def test_a_compiler_leaves_nothing_open_but_the_sizes_of_a_batch(mesh, ids_BL, monkeypatch):
+    """A head's width among them had a GPU find its places by dividing by it."""
+    model = new_model("qwen2")
+    assert pack(model)
+    numbers: list[str] = []
+
+    def listening(graph, inputs):
+        for place in graph.graph.find_nodes(op="placeholder"):
+            if isinstance(place.meta["example_value"], torch.SymInt):
+                numbers.append(place.meta["grapharg"].source.name)
+        return graph
+
+    monkeypatch.setattr(compiling, "_backend", lambda: listening)
+    compile_layers(model, torch.device("cuda"))  # where there is no kernel of ours to build
+    shard(model.base_model, mesh, torch.bfloat16)
+    token_states(model.base_model, ids_BL, chosen_BL())
+    assert numbers
+    assert not [name for name in numbers if ".size()" not in name]

@@ -1,12 +1,20 @@
-"""Layers that are computed again on the way back."""
+"""Layers that are computed again on the way back, and weights that are gathered for passes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from distrl.models import load_policy
-from distrl.models.sharding import checkpoint_activations, layers
+from distrl.models.sharding import checkpoint_activations, layers, shard
 
 IDS = torch.arange(30)[None]
 
@@ -39,3 +47,49 @@ def test_each_layer_keeps_its_input_alone_and_is_computed_again(tiny_policy):
     assert runs_anew == 2 * runs == 2 * len(list(layers(plain)))
     assert held_anew < held / 4
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_who_is_alone_gathers_weights_once_for_a_way_back_and_the_passes_before_it(
+    alone, tiny_policy
+):
+    body = load_policy(tiny_policy).base_model
+    shard(body, alone, torch.bfloat16)
+
+    def states() -> torch.Tensor:
+        return body(input_ids=IDS, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def without_gradient() -> None:
+        states()
+
+    def gathered() -> bool:
+        return next(body.parameters()).dtype == torch.bfloat16
+
+    def gathers(*passes: Callable[[], object]) -> int:
+        """How often they have an embedding in bfloat16 made of the one in float32."""
+        size = body.get_parameter("embed_tokens.weight").numel()
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as made:
+            for each in passes:
+                each()
+        casts = [e for e in made.events() or [] if e.name == "aten::_to_copy"]
+        return sum(math.prod(event.input_shapes[0]) == size for event in casts)
+
+    ways: list[torch.Tensor] = []
+    assert gathers(without_gradient) == 1
+    assert not gathered()
+    assert gathers(lambda: ways.append(states()), without_gradient, without_gradient) == 1
+    assert gathered(), "for the way back"
+    ways.pop().float().square().sum().backward()
+    assert not gathered()
+    assert {p.grad.dtype for p in body.parameters() if p.grad is not None} == {torch.float32}
+    assert gathers(without_gradient) == 1
+    assert not gathered()
