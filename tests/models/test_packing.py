@@ -7,9 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distrl.models import compiling
@@ -187,16 +185,6 @@ def test_the_variable_length_kernel_agrees(ids_BL):
     torch.testing.assert_close(packed, padded, atol=3e-2, rtol=3e-2)
     for mine, theirs in zip(packed_grads, padded_grads, strict=True):
         torch.testing.assert_close(mine, theirs, atol=5e-2, rtol=5e-2)
-
-
-@pytest.fixture
-def mesh(monkeypatch, tmp_path):
-    """Of this process alone."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    meet = f"file://{tmp_path}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def test_a_compiler_reads_layers_of_grouped_heads_in_one_piece(mesh, ids_BL):

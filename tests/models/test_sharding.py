@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -49,20 +45,11 @@ def test_each_layer_keeps_its_input_alone_and_is_computed_again(tiny_policy):
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceMesh]:
-    """A mesh of this process alone."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 def test_who_is_alone_gathers_weights_once_for_a_way_back_and_the_passes_before_it(
-    alone, tiny_policy
+    mesh, tiny_policy
 ):
     body = load_policy(tiny_policy).base_model
-    shard(body, alone, torch.bfloat16)
+    shard(body, mesh, torch.bfloat16)
 
     def states() -> torch.Tensor:
         return body(input_ids=IDS, use_cache=False).last_hidden_state
