@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from distrl.config import LearnConfig
 from distrl.learn.learner import PolicyLearner
-from distrl.learn.spec import LearnerSpec
+from distrl.learn.spec import LearnerSpec, Place
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
 
 
@@ -76,7 +76,13 @@ QUICK = {"lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 0, "minibatches": 2}
 def new_learner(tiny_policy, tmp_path):
     made = []
 
-    def make(examples=None, total_steps: int = 10, threads: int = 1, **config) -> PolicyLearner:
+    def make(
+        examples=None,
+        total_steps: int = 10,
+        threads: int | None = 1,
+        place: Place | None = None,
+        **config,
+    ) -> PolicyLearner:
         spec = LearnerSpec(
             policy=tiny_policy,
             reward_model=None,
@@ -90,6 +96,7 @@ def new_learner(tiny_policy, tmp_path):
             scratch=tmp_path / "scratch",
             pretrain=examples,
             threads=threads,
+            place=place,
         )
         made.append(PolicyLearner(spec))
         return made[-1]

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from distrl.learn.learner import PolicyLearner
 from distrl.learn.pretrain import save_examples
+from distrl.learn.spec import Place
 from distrl.models.load import load_policy
 from distrl.records import ScoredRollout, VersionSpan
 from distrl.sync.canary import probe_logprobs
 from distrl.sync.memory import whole
+from tests.learn.test_ranks import free_address
 
 DRAWS = 14
 
@@ -117,7 +119,8 @@ def weights(learner: PolicyLearner) -> dict[str, Tensor]:
     """All that it learns, the policy's as they are published."""
     found = {name: whole(w).clone() for name, w in learner.networks.policy_state().items()}
     if learner.critic is not None:
-        found |= {f"critic.{name}": w.clone() for name, w in learner.critic.state_dict().items()}
+        critic = learner.critic.state_dict()
+        found |= {f"critic.{name}": whole(w).clone() for name, w in critic.items()}
     return found
 
 
@@ -132,8 +135,8 @@ def test_any_combination(seed, new_learner, make_groups, tiny_policy, tmp_path):
     save_examples([range(3, 5 + n) for n in range(7)], tmp_path / "examples")
     examples = tmp_path / "examples" if config["pretrain"]["coef"] else None
 
-    def learned(threads: int = 1, **other: Any) -> PolicyLearner:
-        learner = new_learner(examples, threads=threads, **config | other)
+    def learned(**other: Any) -> PolicyLearner:
+        learner = new_learner(examples, **config | other)
         for batch, limit in zip(batches, (0, oldest), strict=False):
             report = learner.learn(batch, oldest=limit)
             assert not report.skipped and all(map(math.isfinite, report.metrics.values()))
@@ -146,9 +149,12 @@ def test_any_combination(seed, new_learner, make_groups, tiny_policy, tmp_path):
         {"micro_tokens": 32 if config["micro_tokens"] == 2048 else 2048},
         {"packing": not config["packing"]},
         {"checkpoint_activations": not config["checkpoint_activations"]},
+        {"place": Place(address=free_address()), "threads": None},  # a rank that is alone
     )
     for other in others:
-        found = weights(learned(**other))
+        another = learned(**other)
+        found = weights(another)
+        another.close()
         assert found.keys() == wanted.keys()
         for name, weight in found.items():
             torch.testing.assert_close(
@@ -156,7 +162,7 @@ def test_any_combination(seed, new_learner, make_groups, tiny_policy, tmp_path):
             )
 
     learner.save(tmp_path / "state")
-    resumed = new_learner(examples, **config | others[-1])
+    resumed = new_learner(examples, **config | others[3])
     resumed.load(tmp_path / "state")
     for going in (learner, resumed):
         going.learn(batches[2])
