@@ -47,11 +47,8 @@ def gae(
     steps_BT = mask_BT.bool()
     deltas_BT = rewards_BT + gamma * _next_values(values_BT, steps_BT, last_B) - values_BT
     factors_BT = torch.ones_like(deltas_BT).masked_fill(steps_BT, gamma * lam)
-    advantages_BT = _summed_from_behind(zero_outside(deltas_BT, steps_BT), factors_BT)
-    return (
-        zero_outside(advantages_BT, steps_BT),
-        zero_outside(advantages_BT + values_BT, steps_BT),
-    )
+    sums_BT = _summed_from_behind(zero_outside(deltas_BT, steps_BT), factors_BT)
+    return zero_outside(sums_BT, steps_BT), zero_outside(sums_BT + values_BT, steps_BT)
 
 
 def _next_values(values_BT: Tensor, steps_BT: Tensor, last_B: Tensor) -> Tensor:

@@ -98,9 +98,6 @@ class Networks:
             if root is self.reference:
                 for weight in root.parameters():  # passes are all that it is there for
                     weight.data = weight.data.to(compute)
-                if ranks.world == 1 and not config.offload:  # and it has them there already
-                    root.to(device)
-                    continue
             shard(root, ranks.mesh, compute, offload=config.offload)
         if self.adapter is not None:
             self.adapter = Adapter(self.policy.model)

@@ -54,8 +54,9 @@ def compiled(function: Function) -> Function:
 
 
 def _settings() -> dict[str, Any]:
-    """A batch's sizes stay open. Other whole numbers, a head's width among them, are constants: a
-    GPU would spend ten times a rotary embedding's time on finding its places."""
+    """A batch's sizes stay open. Other whole numbers, a head's width among them, are constants (of
+    all that torch compiles in this process from now on): a GPU would spend ten times a rotary
+    embedding's time on finding its places."""
     torch._dynamo.config.specialize_int = True
     return {"dynamic": True, "backend": _backend(), "recompile_limit": VARIANTS}
 
@@ -79,15 +80,15 @@ def _backend() -> Callable[..., Any]:
         patches["post_grad_custom_post_pass"] = ByOneDNN()
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        with functorch_config.patch(ban_recompute_materialized_backward=not _on_gpu(inputs)):
+        with functorch_config.patch(ban_recompute_materialized_backward=not _made_anew(inputs)):
             return compile_fx(graph, inputs, config_patches=patches)
 
     return compile_graph
 
 
-def _on_gpu(inputs: Sequence[Any]) -> bool:
+def _made_anew(inputs: Sequence[Any]) -> bool:
     """Whether what follows from what is kept anyway, as SwiGLU's product does, is made anew on the
-    way back and not kept too. It is a third of what a pass keeps; making it takes half a
+    way back and not kept too: on a GPU. It is a third of what a pass keeps; making it takes half a
     hundredth of a GPU's time (it waits for memory), and up to three hundredths of a CPU's."""
     return any(isinstance(each, Tensor) and each.is_cuda for each in inputs)
 

@@ -38,11 +38,15 @@ def shard(
     offload: what is not being computed with waits in the CPU's memory. A rank that is alone, and
     has all weights anyway, has them in `compute` at once, from its pass there to the end of its way
     back, and for passes without one that are made meanwhile: a layer's own gathering takes a GPU's
-    host longer than the GPU takes to run the layer.
+    host longer than the GPU takes to run the layer. What never changes and is in `compute` already
+    is left as it is there.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
     at_once = mesh.size() == 1 and not offload
+    if at_once and all(p.dtype == compute and not p.requires_grad for p in module.parameters()):
+        module.to(mesh.device_type)
+        return
     parts = [] if at_once else list(layers(module))
     for part in [*parts, module]:
         # Also the outermost is spread again after each pass: one without gradient would else leave

@@ -111,7 +111,7 @@ class SwiGLU(nn.Module):
 @pytest.mark.parametrize("gpu", [True, False])
 def test_what_follows_from_what_is_kept_is_not_kept_too_on_a_gpu(gpu, monkeypatch):
     """SwiGLU's product is as large as each of its factors, and these are kept anyway."""
-    monkeypatch.setattr(compiling, "_on_gpu", lambda inputs: gpu)
+    monkeypatch.setattr(compiling, "_made_anew", lambda inputs: gpu)
     torch.compiler.reset()  # what the other way compiled would serve
     torch.manual_seed(0)
     plain, kept = SwiGLU(), Counter[torch.Size]()

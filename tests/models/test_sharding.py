@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -80,3 +82,19 @@ def test_who_is_alone_gathers_weights_once_for_a_way_back_and_the_passes_before_
     assert {p.grad.dtype for p in body.parameters() if p.grad is not None} == {torch.float32}
     assert gathers(without_gradient) == 1
     assert not gathered()
+
+
+def test_what_never_changes_is_left_as_it_is_where_nobody_shares_it(mesh, tiny_policy):
+    """A reference has nothing to gather: its weights are those of its passes already."""
+    model = load_policy(tiny_policy).bfloat16()
+    for frozen, dtype, whole in (
+        (False, torch.bfloat16, False),
+        (True, torch.float32, False),
+        (True, torch.bfloat16, True),
+    ):
+        body = copy.deepcopy(model.base_model).requires_grad_(not frozen)
+        shard(body, mesh, dtype)
+        weights = list(body.parameters())
+        assert all(isinstance(weight, DTensor) is not whole for weight in weights)
+        with torch.no_grad():
+            assert body(input_ids=IDS, use_cache=False).last_hidden_state.dtype == dtype
