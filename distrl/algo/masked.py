@@ -39,6 +39,12 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     Biased variance, as in lm-human-preferences (Ziegler et al. 2019): advantages are whitened with
     their mean removed, rewards keep theirs. x and mask share any one shape; ValueError otherwise.
     """
-    mean = masked_mean(x, mask)
-    whitened = (zero_outside(x, mask) - mean) * torch.rsqrt(masked_var(x, mask) + EPS)
-    return zero_outside(whitened if shift_mean else whitened + mean, mask)
+    check_same_shape(x=x, mask=mask)
+    if not x.numel():
+        return x
+    # Counted from the first number inside, so that equal ones cancel without rounding.
+    first = x.flatten()[mask.bool().flatten().int().argmax()]
+    shifted = zero_outside(x - first, mask)
+    mean = masked_mean(shifted, mask)
+    whitened = (shifted - mean) * torch.rsqrt(masked_var(shifted, mask) + EPS)
+    return zero_outside(whitened if shift_mean else whitened + mean + first, mask)

@@ -52,6 +52,14 @@ def test_whitening_gives_mean_and_unit_variance(values, shift, keep):
         assert masked_var(whitened, mask) > 1 - 1e-4
 
 
+@pytest.mark.parametrize("value", [7.3, 100.1, 1000.1])
+def test_equal_numbers_differ_from_their_mean_by_nothing(value):
+    """Divided by 1e-4, the rounding of their mean would be an advantage."""
+    x, mask = torch.full((64, 100), value), torch.rand(64, 100) < 0.7
+    assert not masked_whiten(x, mask).any()
+    assert torch.equal(masked_whiten(x, mask, shift_mean=False), torch.where(mask, x, 0))
+
+
 @pytest.mark.parametrize("garbage", [1e30, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("function", [masked_mean, masked_var, masked_whiten])
 def test_what_is_masked_reaches_neither_result_nor_gradient(function, garbage):
