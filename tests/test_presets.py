@@ -26,14 +26,15 @@ TLDR = {"samples": 512, "episodes": 1_000_000, "learn.epochs": 4, "learn.schedul
 
 SOURCES: dict[str, dict[str, Any]] = {
     # Section 2.2: "2M episodes, gamma = 1, four PPO epochs per batch with one minibatch each",
-    # batch 1024, 1.41e-5; the code: kl 0.15, target 6, horizon 10,000, Adam's epsilon 1e-5 (TF).
+    # batch 1024, 1.41e-5; the code: kl 0.15, target 6, horizon 10,000, Adam's epsilon 1e-5 (TF),
+    # gradients as they are.
     "ziegler": GAE | CLIP | {
         "samples": 1024, "episodes": 2_000_000, "learn.epochs": 4, "learn.minibatches": 1,
         "learn.lr": 1.41e-5, "learn.schedule": "linear", "learn.adam_epsilon_in": "tf",
         "learn.adam_eps": 1e-5, "learn.value.trunk": "shared", "learn.value.coef": 0.1,
         "learn.kl.kind": "adaptive", "learn.kl.coef": 0.15, "learn.kl.target": 6.0,
         "learn.kl.horizon": 10_000, "generate.temperature": 0.7, "generate.max_new_tokens": 24,
-        "learn.advantage.whiten_rewards": True,
+        "learn.advantage.whiten_rewards": True, "learn.grad_clip": None,
     },
     # Appendix B.1.
     "stiennon": GAE | CLIP | TLDR | {
@@ -52,12 +53,12 @@ SOURCES: dict[str, dict[str, Any]] = {
     },
     # Section 4.1: lambda_KL.
     "bai": GAE | {"learn.kl.coef": 0.001, "learn.kl.kind": "fixed", "learn.kl.place": "reward"},
-    # The paper's table of PPO.
+    # The paper's table of PPO; the code clips no gradient.
     "nplus": GAE | CLIP | TLDR | {
         "learn.lr": 3e-6, "learn.minibatches": 1, "learn.kl.coef": 0.05, "learn.value.clip": 0.2,
         "generate.temperature": 0.7, "generate.max_new_tokens": 53, "learn.adam_eps": 1e-5,
         "learn.adam_epsilon_in": "torch", "score.missing_eos_score": -1.0,
-        "learn.advantage.whiten_rewards": False,
+        "learn.advantage.whiten_rewards": False, "learn.grad_clip": None,
     },
     # Section 4.2.
     "grpo": GROUP | {

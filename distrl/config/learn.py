@@ -39,7 +39,7 @@ class AdvantageConfig(Section):
         description="gae: by a critic (PPO, A2C); group: against the prompt's other samples (GRPO, "
         "RLOO); returns: rewards to come (REINFORCE); or module:function",
     )
-    gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="gae, returns: discount a token")
     lam: float = Field(
         default=0.95, ge=0, le=1, description="gae: 1 trusts returns alone, 0 the critic alone"
     )
@@ -57,6 +57,22 @@ class AdvantageConfig(Section):
     _check_kind = field_validator("kind")(
         lambda kind: _known(kind, ADVANTAGES, "learn.advantage.kind")
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> AdvantageConfig:
+        if self.kind == "group" and self.baseline == "none" and self.scale == "std":
+            raise ConfigError(
+                "learn.advantage.scale=std without a baseline divides by next to nothing where a "
+                "group's rewards are all equal, so that group alone is learned from; set "
+                "learn.advantage.scale=none, or choose a learn.advantage.baseline"
+            )
+        if self.kind == "group" and self.whiten_rewards:
+            raise ConfigError(
+                "learn.advantage.whiten_rewards moves each token's reward, and "
+                "learn.advantage.kind=group adds them up, so a long response would earn otherwise "
+                "than a short one; set learn.advantage.whiten_rewards=false"
+            )
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -137,6 +153,17 @@ class OffPolicyConfig(Section):
     def _check(self) -> OffPolicyConfig:
         if self.floor > self.cap:
             raise ConfigError(f"off_policy.floor={self.floor} is above off_policy.cap={self.cap}")
+        if self.reject and self.weight == "none":
+            raise ConfigError(
+                "learn.off_policy.reject leaves out what weighs too much or too little, and "
+                "learn.off_policy.weight=none weighs nothing; set it to token, sequence or "
+                "geometric, or learn.off_policy.reject=false"
+            )
+        if self.reject and not self.floor <= 1 <= self.cap:
+            raise ConfigError(
+                f"learn.off_policy.reject with floor={self.floor:g} and cap={self.cap:g} leaves "
+                "out every token of the present policy, as these weigh 1; set the two around 1"
+            )
         return self
 
 
@@ -184,7 +211,11 @@ class KLConfig(Section):
     coef: float = Field(default=0.05, ge=0, description="price of a nat of KL to the SFT policy")
     final: float = Field(default=0.0, ge=0, description="linear: the price at the run's end")
     target: float = Field(default=6.0, gt=0, description="adaptive: nats a response to settle at")
-    horizon: int = Field(default=10_000, ge=1, description="adaptive: samples to move by about e")
+    horizon: int = Field(
+        default=10_000,
+        ge=1,
+        description="adaptive: samples within which the price moves by a fifth at most",
+    )
     watch: bool = Field(
         default=True,
         description="measure the KL to the SFT policy even where it costs nothing",
@@ -198,6 +229,11 @@ class KLConfig(Section):
                 "learn.kl.estimator=k1 in the loss holds nothing back: its expected gradient is 0 "
                 "on the policy's own samples; set learn.kl.estimator to k2 or k3, or "
                 "learn.kl.place=reward, where k1 is right"
+            )
+        if self.kind == "adaptive" and not self.coef:
+            raise ConfigError(
+                "learn.kl.kind=adaptive multiplies the price that it starts from, and "
+                "learn.kl.coef=0 stays 0 for ever; start from 0.05 or so"
             )
         return self
 
@@ -280,7 +316,9 @@ class LearnConfig(Section):
     schedule_floor: float = Field(
         default=0.1, ge=0, le=1, description="cosine: share of the peak that is left at the end"
     )
-    warmup_steps: int = Field(default=2, ge=0, description="learner steps of linear warm-up")
+    warmup_steps: int = Field(
+        default=2, ge=0, description="first steps of each network, in which its rate rises"
+    )
     epochs: int = Field(default=1, ge=1, description="passes over a batch")
     minibatches: int = Field(default=2, ge=1, description="optimizer steps a pass")
     micro_tokens: int = Field(
@@ -289,7 +327,9 @@ class LearnConfig(Section):
         description="tokens of a forward-backward pass, pads included; on a GPU as "
         "many as its memory holds",
     )
-    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of each gradient")
+    grad_clip: float | None = Field(
+        default=1.0, gt=0, description="largest norm of each gradient; None: no bound"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
     adam_betas: tuple[float, float] = Field(
         default=(0.9, 0.95), description="decay of Adam's two moments"
@@ -333,6 +373,13 @@ class LearnConfig(Section):
     pretrain: PretrainConfig = PretrainConfig()
     lora: LoRAConfig = LoRAConfig()
 
+    @field_validator("adam_betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"learn.adam_betas={betas}: each keeps a share from 0 to below 1")
+        return betas
+
     @model_validator(mode="after")
     def _check(self) -> LearnConfig:
         off, kind = self.off_policy, self.objective.kind
@@ -351,7 +398,8 @@ class LearnConfig(Section):
                 "learn.adam_bits=8 is torchao's AdamW, whose epsilon is where torch has it; set "
                 "learn.adam_epsilon_in=torch"
             )
-        if self.value.trunk == "shared" and self.lora.rank:
+        shared = self.has_critic and self.value.trunk == "shared"
+        if shared and self.lora.rank:
             raise ConfigError(
                 "learn.lora freezes the policy's body, so a critic cannot share it; set "
                 "learn.value.trunk=separate"
@@ -371,7 +419,7 @@ class LearnConfig(Section):
                 "learn.record keeps batches for a replay to the bit, which takes a learner of one "
                 "process in float32, and Adam of 32 bits; set learn.record=false"
             )
-        if self.value.trunk == "shared" and self.value.start != "policy":
+        if shared and self.value.start != "policy":
             raise ConfigError(
                 "learn.value.trunk=shared puts the critic's head on the policy, so it cannot start "
                 "from the reward model; set learn.value.start=policy"

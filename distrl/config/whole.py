@@ -140,7 +140,7 @@ class Config(Section):
             raise ConfigError(
                 f"learn.advantage.baseline={advantage.baseline} holds a sample against the others "
                 "of its prompt, and generate.samples_per_prompt=1 leaves none; sample at least 2, "
-                "or set learn.advantage.baseline=none"
+                "or set learn.advantage.baseline=none and learn.advantage.scale=none"
             )
         if self.driver.skip_without_signal and samples < 2:
             raise ConfigError(

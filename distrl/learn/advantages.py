@@ -57,7 +57,8 @@ def by_critic(outcome: Outcome, config: AdvantageConfig) -> Advantages:
 
 def against_group(outcome: Outcome, config: AdvantageConfig) -> Advantages:
     """GRPO's, RLOO's, REINFORCE++-baseline's: a response's whole reward against its group's, the
-    same on each of its tokens."""
+    same on each of its tokens. With the leash in the reward and scaled by the deviation, a group of
+    equal scores is not 0: the noise of its KL is all there is, and comes to a deviation of 1."""
     total_GN = outcome.rewards_BT.sum(1).view(-1, outcome.samples)
     advantages_GN = group_advantages(total_GN, config.baseline, config.scale)
     return Advantages(advantages=advantages_GN.reshape(-1, 1) * outcome.mask_BT)

@@ -25,7 +25,7 @@ from distrl.algo import AdaptivePenalty, lr_factor
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import Experience, to_experience
-from distrl.learn.leash import leash, resume_leash
+from distrl.learn.leash import leash, plan_leash, resume_leash
 from distrl.learn.measure import by_age, measure, part_means
 from distrl.learn.networks import Networks
 from distrl.learn.opening import Opening, read_opening
@@ -92,7 +92,7 @@ class PolicyLearner:
             SharedMemoryPublisher(spec.threads or WRITERS) if self.ranks.first else Bystander()
         )
         self.recorder = self._new_recorder()
-        self.total_steps = spec.total_steps
+        self.plan(spec.total_steps)
         self.step = 0
         self.version = 0
         self.skips = 0
@@ -113,6 +113,13 @@ class PolicyLearner:
             wanted = small and self.config.replayable
         folder = self.spec.recording if wanted else None
         return Recorder(folder, int(self.config.record_mib * 2**20))
+
+    def plan(self, total_steps: int) -> None:
+        """Let schedules take their course over so many steps: the policy's, and a linear leash's,
+        over those that the critic's warm-up leaves."""
+        self.total_steps = total_steps
+        learning = max(total_steps - self.config.value.warmup_steps, 1)
+        plan_leash(self.kl, learning * self.spec.total_samples // self.spec.total_steps)
 
     # -- one step -----------------------------------------------------------------
 
@@ -147,23 +154,21 @@ class PolicyLearner:
             ranks=self.ranks,
         )
         metrics = measure(batch, prepared, self.config, version=self.version)
-        metrics |= by_age(batch, prepared, self.version, self.config.objective.clip_high)
+        metrics |= by_age(batch, prepared, self.config, version=self.version)
         metrics["kl/coef"] = self.kl.coef
-        metrics["learn/lr"] = self._rate(self.config.lr)
+        metrics["learn/lr"] = self._policy_rate() if self._policy_learns else 0.0
         steps = self._optimise(batch, prepared, opening)
         if steps:
             metrics |= self._summary(steps) | self._penalty(batch, prepared)
-        self.step += 1
-        skipped = not steps
-        if not skipped:
             self.version += 1
-            if self.config.kl.used:
+            if self.config.kl.used and self._policy_learns:
                 self.kl.update(metrics["kl/ref"], len(batch))
             if self.average is not None:
                 self.average.update()
+        self.step += 1
         metrics["learn/skipped_steps"] = float(self.skips)
         self.recorder.keep(self.step, self.total_steps, experience, oldest, *self.networks.trained)
-        return StepReport(step=self.step, version=self.version, skipped=skipped, metrics=metrics)
+        return StepReport(step=self.step, version=self.version, skipped=not steps, metrics=metrics)
 
     def _penalty(self, batch: Experience, prepared: Prepared) -> dict[str, float]:
         """The price of leaving the policy from before the step, where there is one; moved by how
@@ -191,7 +196,7 @@ class PolicyLearner:
         if self.critic is not None:
             metrics["value/loss"] = fmean(r.value_loss for r in reports)
             metrics["value/clip_fraction"] = fmean(r.value_clip_fraction for r in reports)
-        if self.pretrain is not None:
+        if self.pretrain is not None and self._policy_learns:
             metrics["loss/pretrain"] = fmean(step.pretrain_loss for step in steps)
         return metrics
 
@@ -263,7 +268,8 @@ class PolicyLearner:
 
         Nothing is applied where a loss or a norm is not finite, and NaN comes back.
         """
-        clip = self.config.grad_clip
+        config = self.config
+        clip = config.grad_clip or math.inf
         crew = self.ranks.crew
         norms = crew.run(
             lambda part: whole(nn.utils.clip_grad_norm_(part.parameters(), clip)).item(),
@@ -272,28 +278,29 @@ class PolicyLearner:
         losses = report.policy_loss + report.value_loss + pretrain_loss
         finite = math.isfinite(losses) and all(map(math.isfinite, norms))
         if finite:
-            rates = (self.config.lr if policy_learns else None, self.config.critic_lr)
+            rates = (self._policy_rate() if policy_learns else None, self._rate(config.critic_lr))
             due = zip(self.optimizers, rates, strict=False)
-            crew.run(
-                self._descend, [(optimizer, peak) for optimizer, peak in due if peak is not None]
-            )
+            crew.run(_descend, [(each, rate) for each, rate in due if rate is not None])
         self._forget_gradients()
         return norms[0] if finite else math.nan
-
-    def _descend(self, step: tuple[torch.optim.Optimizer, float]) -> None:
-        optimizer, peak = step
-        set_rate(optimizer, self._rate(peak))
-        optimizer.step()
 
     def _forget_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _rate(self, peak: float) -> float:
-        total = max(self.total_steps, self.config.warmup_steps)
+    def _policy_rate(self) -> float:
+        return self._rate(self.config.lr, after=self.config.value.warmup_steps)
+
+    def _rate(self, peak: float, after: int = 0) -> float:
+        """The present rate of a network that learns from step `after` on."""
         config = self.config
+        total = max(self.total_steps - after, config.warmup_steps, 1)
         return peak * lr_factor(
-            self.step, total, config.schedule, config.warmup_steps, config.schedule_floor
+            max(self.step - after, 0),
+            total,
+            config.schedule,
+            config.warmup_steps,
+            config.schedule_floor,
         )
 
     def _skip(self, batch: Experience, report: MinibatchReport, norm: float) -> None:
@@ -394,6 +401,12 @@ class PolicyLearner:
     def _parts(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
         """What learns, under the name that its files have."""
         yield from zip(("policy", "critic"), self.networks.trained, self.optimizers, strict=False)
+
+
+def _descend(due: tuple[torch.optim.Optimizer, float]) -> None:
+    optimizer, rate = due
+    set_rate(optimizer, rate)
+    optimizer.step()
 
 
 def _ranks(spec: LearnerSpec, device: torch.device) -> Ranks:

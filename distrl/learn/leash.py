@@ -21,6 +21,12 @@ def leash(config: LearnConfig, samples: int) -> Leash:
     return FixedKL(kl.coef)
 
 
+def plan_leash(kl: Leash, samples: int) -> None:
+    """Have a price that goes by plan arrive after so many samples."""
+    if isinstance(kl, LinearKL):
+        kl.samples = samples
+
+
 def resume_leash(kl: Leash, saved: Mapping[str, Any]) -> None:
     """Take up where a leash was saved (its fields); what is set stays as it is set now."""
     if isinstance(kl, AdaptiveKL):

@@ -15,7 +15,7 @@ from distrl.algo import (
     kl_estimate,
     masked_mean,
 )
-from distrl.config import LearnConfig
+from distrl.config import LearnConfig, ObjectiveConfig
 from distrl.learn.experience import Experience
 from distrl.learn.prepare import Prepared
 from distrl.records import ScoredRollout
@@ -28,18 +28,18 @@ def measure(
     """Metrics of a batch at the learner's `version`, all finite.
 
     `kl/ref` is nats a response: the sum over its tokens of log pi - log pi_ref (k1).
-    Ages are of tokens. `mismatch/lag0_abs_mean` is over tokens of age 0 that the learner computed:
-    there engine and learner hold the same weights, so any gap is numerical. No such token: no such
-    metric. `ppo/ess` is of the ratios before anything is cut, and of a token's where none weighs:
-    it says how far off the samples are, whatever is done about it.
+    Ages are of the tokens that are kept. `mismatch/lag0_abs_mean` is over tokens of age 0 that the
+    learner computed: there engine and learner hold the same weights, so any gap is numerical. No
+    such token: no such metric. `ppo/ess` is of the ratios before anything is cut, and of a token's
+    where none weighs: it says how far off the samples are, whatever is done about it.
     """
     mask = batch.mask_BT
-    ages = (version - batch.versions_BT)[mask]
+    ages = (version - batch.versions_BT)[prepared.kept]
     metrics = {
         "ppo/entropy": masked_mean(prepared.entropy, prepared.computed).item(),
         "ppo/ess": effective_sample_size(_ratios(batch, prepared, config), mask).item(),
-        "staleness/max": float(ages.max()),
-        "staleness/mean": ages.float().mean().item(),
+        "staleness/max": float(ages.max()) if len(ages) else 0.0,
+        "staleness/mean": ages.float().mean().item() if len(ages) else 0.0,
     }
     if config.kl.used:
         kl_B = (kl_estimate(prepared.proximal, prepared.reference, "k1") * mask).sum(1)
@@ -76,7 +76,9 @@ def _ratios(batch: Experience, prepared: Prepared, config: LearnConfig) -> Tenso
 
 
 @torch.no_grad()
-def by_age(batch: Experience, prepared: Prepared, version: int, clip: float) -> dict[str, float]:
+def by_age(
+    batch: Experience, prepared: Prepared, config: LearnConfig, version: int
+) -> dict[str, float]:
     """How far each age of tokens is from the learner's policy (`metrics.names.BY_LAG`).
 
     The ratio r is of the proximal policy (the learner before its step) to the behaviour policy
@@ -89,6 +91,7 @@ def by_age(batch: Experience, prepared: Prepared, version: int, clip: float) -> 
     log_ratio_N = (prepared.proximal - batch.behaviour_BT)[mask]
     ages_N = (version - batch.versions_BT)[mask]
     ratio_N = log_ratio_N.exp()
+    beyond_N = _beyond(batch, prepared, config.objective)[mask]
     out: dict[str, float] = {}
     for age in ages_N.unique().tolist():
         mine = ages_N == age
@@ -98,10 +101,17 @@ def by_age(batch: Experience, prepared: Prepared, version: int, clip: float) -> 
             "kl": (ratio - 1 - log_ratio_N[mine]).mean().item(),
             "ess": effective_sample_size(ratio[None], torch.ones_like(ratio)[None]).item(),
             "ratio_mean": ratio.mean().item(),
-            "clip_fraction": ((ratio - 1).abs() > clip).float().mean().item(),
+            "clip_fraction": beyond_N[mine].float().mean().item(),
         }
         out |= {f"offpolicy/{name}/lag{age}": value for name, value in figures.items()}
     return out
+
+
+def _beyond(batch: Experience, prepared: Prepared, objective: ObjectiveConfig) -> Tensor:
+    """[B, T]: whether the objective's bounds would hold a token back before the step's start."""
+    mode = "geometric" if objective.kind == "sequence" else "token"
+    ratio_BT = importance_ratio(prepared.proximal, batch.behaviour_BT, batch.mask_BT, mode)
+    return (ratio_BT < 1 - objective.clip_low) | (ratio_BT > 1 + objective.clip_high)
 
 
 def part_means(groups: Sequence[ScoredRollout]) -> dict[str, float]:

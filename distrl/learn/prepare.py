@@ -169,15 +169,14 @@ class _Passes:
         if not self.config.trust_engine_logprobs:
             self._read(rest)
             return
-        trusted = self._trusted(version)
-        if not opening:
-            trusted[::CHECKED] = False
-        trusted &= rest
+        fresh = self.computed & (self.batch.versions_BT == version)
+        trusted = self._trusted(version) & rest
+        if not fresh[~rest].any():  # nothing has been computed that could tell
+            trusted[trusted.nonzero()[::CHECKED]] = False
         self._read(rest & ~trusted)
         self._read(trusted, policy=False)
         self.computed[trusted] = False
-        fresh = self.computed & (self.batch.versions_BT == version)
-        gap = (self.proximal - self.batch.behaviour_BT)[fresh].abs()
+        gap = (self.proximal - self.batch.behaviour_BT)[fresh & self.computed].abs()
         if gap.numel() and not gap.mean().item() <= TOLERANCE:
             log.warning(
                 "the engine's log-probabilities are %.1e nats off the learner's in the mean, so "

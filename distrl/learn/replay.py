@@ -44,7 +44,7 @@ def replay(
         for kept in recorded(recording):
             if until is not None and kept.step > until:
                 break
-            learner.total_steps = kept.total_steps
+            learner.plan(kept.total_steps)
             learner.learn_from(kept.batch, kept.oldest)
             steps, expected = kept.step, kept.digest
             found = digest(*learner.networks.trained)

@@ -201,7 +201,7 @@ class Update:
         )
 
     def _policy_loss(self, micro: _Micro, prices: Prices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, share of clipped tokens, KL(old || new), and the policy's states."""
+        """Loss, share of clipped tokens, KL(proximal || new), and the policy's states."""
         config, known, made = self.config.objective, micro.known, micro.opening
         if made is not None:
             logprobs, entropy, states = made.logprobs, made.entropy, made.states
@@ -226,7 +226,7 @@ class Update:
         if prices.kl:
             kind = self.config.kl.estimator
             per_token = per_token + prices.kl * kl_estimate(logprobs, known.reference, kind)
-        moved = kl_estimate(known.old, logprobs.detach(), "k3")
+        moved = kl_estimate(known.proximal, logprobs.detach(), "k3")
         return (
             (micro.shares * per_token).sum(),
             (micro.means * surrogate.clipped).sum(),

@@ -16,7 +16,7 @@ METRICS: dict[str, str] = {
     "kl/coef": "price of a nat of KL in the reward (reward units per nat)",
     "ppo/clip_fraction": "share of response tokens whose probability ratio was clipped (0..1)",
     "ppo/approx_kl": "KL of the updated policy to the proximal one, a token (nats)",
-    "ppo/moved": "the same once the step is over (objective.penalty_target)",
+    "ppo/moved": "KL after a step to what its ratios are from, a token (objective.penalty_target)",
     "ppo/entropy": "entropy of the policy's next-token distribution (nats a token)",
     "ppo/ess": "effective sample size of the importance ratios, uncut, over their number (0..1)",
     "ppo/capped": "share of tokens whose importance weight was cut or rejected (0..1)",
@@ -73,7 +73,7 @@ BY_LAG: dict[str, str] = {
     "kl": "KL(behaviour || proximal) a token, k3 (nats): at lag 0 numerical, beyond it drift",
     "ess": "effective sample size of their importance weights, uncapped, over their number",
     "ratio_mean": "mean of proximal over behaviour probability; 1 but for chance",
-    "clip_fraction": "share of tokens whose ratio is outside 1 - clip to 1 + clip",
+    "clip_fraction": "share of tokens whose ratio (GSPO: their sequence's) the clip would bound",
 }
 """Metrics by the age of tokens: `offpolicy/<name>/lag<versions>`."""
 

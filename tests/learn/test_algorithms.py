@@ -19,7 +19,7 @@ from distrl.learn.networks import Networks
 from distrl.learn.objectives import objective
 from distrl.learn.optimizer import TFAdamW
 from distrl.learn.pretrain import Examples, save_examples
-from distrl.learn.update import pretrain_backward
+from distrl.learn.update import minibatches, pretrain_backward
 from distrl.metrics.names import unknown_names
 from distrl.models.load import load_policy
 from distrl.records import RolloutBatch
@@ -263,6 +263,32 @@ def test_an_engine_that_is_off_is_not_trusted(new_learner, make_groups, caplog):
     assert "computed anew" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("opened", "micro_tokens"),
+    [
+        pytest.param(0, 2048, id="the first minibatch is of an older policy"),
+        pytest.param(1, 2048, id="all of it but one sequence"),
+        pytest.param(0, 16, id="so is every sixteenth sequence"),
+    ],
+)
+def test_trust_is_checked_wherever_the_trusted_are(
+    new_learner, make_groups, caplog, opened, micro_tokens
+):
+    learner = new_learner(trust_engine_logprobs=True, minibatches=8, micro_tokens=micro_tokens)
+    learner.version = 1
+    batch = fresh(learner, make_groups(seed=1, groups=8, samples=4))
+    first = next(minibatches(len(batch), learner.config, (3, 0)))
+    versions = torch.ones_like(batch.versions_BT)
+    versions[first[opened:]] = 0
+    versions[::16] = 0
+    off = batch.behaviour_BT - 0.5 * batch.mask_BT
+    metrics = learner.learn_from(
+        dataclasses.replace(batch, versions_BT=versions, behaviour_BT=off)
+    ).metrics
+    assert "computed anew" in caplog.text
+    assert metrics["mismatch/lag0_abs_mean"] == pytest.approx(0.5, rel=1e-3)
+
+
 # -- how long a step goes on -------------------------------------------------------------
 
 
@@ -272,6 +298,22 @@ def test_a_step_ends_early_when_the_policy_has_gone_far_enough(new_learner, make
     assert near.learn(make_groups(seed=1)).metrics["learn/optimizer_steps"] == 12
     stopped = far.learn(make_groups(seed=1)).metrics
     assert 1 <= stopped["learn/optimizer_steps"] < 12
+
+
+def test_a_step_sets_out_from_where_it_began_and_not_from_who_sampled(new_learner, make_groups):
+    """Samples of a policy far away do not end a step that has not moved."""
+    learner = new_learner(
+        lr=1e-12,
+        epochs=4,
+        objective={"target_kl": 1e-3},
+        off_policy={"anchor": "behaviour", "weight": "none"},
+    )
+    batch = to_experience(RolloutBatch(groups=tuple(make_groups(seed=1))))
+    metrics = learner.learn_from(
+        dataclasses.replace(batch, behaviour_BT=batch.behaviour_BT * 3)
+    ).metrics
+    assert metrics["ppo/ess"] < 0.9
+    assert metrics["ppo/approx_kl"] < 1e-6 and metrics["learn/optimizer_steps"] == 8
 
 
 def test_the_critic_warms_up_alone(new_learner, make_groups):
@@ -321,6 +363,24 @@ def test_the_penalty_rests_while_the_critic_warms_up(new_learner, make_groups):
     assert learner.penalty.coef == 2.0
     learner.learn(make_groups(seed=2))
     assert learner.penalty.coef == 4.0
+
+
+def test_what_goes_by_plan_begins_when_the_policy_does(new_learner, make_groups):
+    """Its rate rises from its own first step, a price of KL that is linear moves from there, and
+    one that follows the KL does not fall while there is none."""
+    own = {"value": {"warmup_steps": 2}, "warmup_steps": 2, "lr": 1e-3, "total_steps": 6}
+    by_plan = new_learner(schedule="linear", kl={"kind": "linear", "coef": 0.2}, **own)
+    seen = [by_plan.learn(make_groups(seed=s)).metrics for s in range(6)]
+    rates, prices = ([m[name] for m in seen] for name in ("learn/lr", "kl/coef"))
+    assert rates == pytest.approx([0, 0, 1e-4, 1e-3, 1e-3, 0.5e-3])
+    assert prices == pytest.approx([0.2, 0.2, 0.2, 0.15, 0.1, 0.05]) and by_plan.kl.coef == 0
+    (policy,), (critic,) = (optimizer.param_groups for optimizer in by_plan.optimizers)
+    assert policy["lr"] == pytest.approx(0.5e-3)
+    assert critic["lr"] == pytest.approx(1e-3 * (1 - 3 / 4)), "which has learned all along"
+
+    following = new_learner(kl={"kind": "adaptive", "coef": 0.2, "horizon": 20}, **own)
+    prices = [following.learn(make_groups(seed=s)).metrics["kl/coef"] for s in range(4)]
+    assert prices[:3] == [0.2] * 3 and prices[3] < 0.2
 
 
 @pytest.mark.parametrize("weight", ["token", "none"])
@@ -376,6 +436,9 @@ def test_ptx_adds_its_gradient_to_the_objectives(new_learner, make_groups, tmp_p
     first = mixed.learn(make_groups(seed=1)).metrics
     assert first["loss/pretrain"] == pytest.approx(math.log(300), abs=0.4)
     assert "loss/pretrain" not in plain.learn(make_groups(seed=1)).metrics
+    later = new_learner(path, pretrain=settings, value={"warmup_steps": 1})
+    told = ["loss/pretrain" in later.learn(make_groups(seed=seed)).metrics for seed in (1, 2)]
+    assert told == [False, True], "none is read while the critic learns alone"
     last = [mixed.learn(make_groups(seed=seed)).metrics for seed in range(2, 12)][-1]
     assert last["loss/pretrain"] < first["loss/pretrain"] - 0.5, "two sentences are learnt soon"
     with pytest.raises(ValueError, match="no example of two tokens"):
@@ -450,12 +513,31 @@ def test_tf_and_torch_agree_but_for_epsilon():
         ({"objective": {"kind": "sequence"}}, r"set learn\.objective\.aggregate=sequence"),
         ({"value": {"trunk": "shared"}}, r"set learn\.value\.start=policy"),
         ({"off_policy": {"floor": 3.0}}, r"floor=3.0 is above off_policy\.cap=2.0"),
+        ({"off_policy": {"reject": True, "weight": "none"}}, "weight=none weighs nothing"),
+        ({"off_policy": {"reject": True, "cap": 0.5}}, "floor=0 and cap=0.5 leaves out every"),
+        ({"off_policy": {"reject": True, "floor": 1.5}}, "floor=1.5 and cap=2 leaves out every"),
         ({"objective": {"kind": "ppo"}}, "choose one of clip, sequence"),
+        ({"advantage": {"kind": "group", "baseline": "none"}}, r"set learn\.advantage\.scale=none"),
+        (
+            {"advantage": {"kind": "group", "whiten_rewards": True}},
+            r"set learn\.advantage\.whiten_rewards=false",
+        ),
+        ({"kl": {"kind": "adaptive", "coef": 0}}, r"learn\.kl\.coef=0 stays 0"),
+        ({"adam_betas": (0.9, 1.0)}, r"adam_betas=\(0\.9, 1\.0\): each keeps a share"),
+        ({"adam_betas": (-0.1, 0.9)}, "each keeps a share"),
     ],
 )
 def test_what_cannot_work_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         LearnConfig.model_validate(config)
+
+
+@pytest.mark.parametrize("config", [{"lora": {"rank": 4}}, {"value": {"start": "reward_model"}}])
+def test_what_is_said_of_a_critic_holds_where_there_is_one(config):
+    shared = {"trunk": "shared", "start": "policy"} | config.pop("value", {})
+    with pytest.raises(ValueError, match=r"learn\.value\."):
+        LearnConfig.model_validate(config | {"value": shared})
+    LearnConfig.model_validate(config | {"value": shared, "advantage": {"kind": "group"}})
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def settings(draw: random.Random) -> dict[str, Any]:
     anchor = draw.choice(["proximal", "behaviour"])
     place = draw.choice(["reward", "loss"])
     rank = draw.choice([0, 0, 4])
-    return {
+    found = {
         "advantage": {
             "kind": draw.choice(["gae", "group", "returns"]),
             "gamma": draw.choice([1.0, 0.97]),
@@ -88,6 +88,15 @@ def settings(draw: random.Random) -> dict[str, Any]:
         "checkpoint_activations": draw.random() < 0.5,
         "micro_tokens": draw.choice([16, 64, 2048]),
     }
+    advantage, off_policy, kl = found["advantage"], found["off_policy"], found["kl"]
+    if advantage["kind"] == "group":
+        advantage["whiten_rewards"] = False
+        if advantage["baseline"] == "none":
+            advantage["scale"] = "none"
+    off_policy["reject"] &= off_policy["weight"] != "none"
+    if kl["kind"] == "adaptive":
+        kl["coef"] = 0.1
+    return found
 
 
 def of_two_versions(groups: Sequence[ScoredRollout], draw: random.Random) -> list[ScoredRollout]:

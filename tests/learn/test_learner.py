@@ -14,13 +14,24 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl.algo import largest_gain
+from distrl.learn.experience import to_experience
 from distrl.learn.learner import PolicyLearner
 from distrl.learn.local import LocalLearner
+from distrl.learn.measure import by_age
+from distrl.learn.prepare import prepare
 from distrl.learn.state import StateMismatch
 from distrl.learn.update import Update
 from distrl.metrics.names import unknown_names
 from distrl.models import sample
-from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
+from distrl.records import (
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    Sample,
+    Score,
+    ScoredRollout,
+    VersionSpan,
+)
 from distrl.roles import LearnerFailed
 from distrl.sync.memory import NonFiniteWeights
 
@@ -81,12 +92,61 @@ def test_every_metric_is_finite_and_known(new_learner, make_groups):
     assert needed <= metrics.keys()
 
 
+def test_no_bound_leaves_gradients_as_they_are(new_learner, make_groups):
+    seen = []
+    for bound in (None, 1e9, 1e-3):
+        learner = new_learner(grad_clip=bound, adam_eps=0.1)
+        learner.learn(make_groups(seed=1))
+        seen.append(weights(learner))
+    assert same(seen[0], seen[1]) and not same(seen[0], seen[2])
+
+
 def test_age_is_counted_from_the_version_of_the_gradient(new_learner, make_groups):
     learner = new_learner()
     learner.learn(make_groups(seed=1))
     metrics = learner.learn(make_groups(seed=1)).metrics
     assert (metrics["staleness/max"], metrics["staleness/mean"]) == (1, 1)
     assert "mismatch/lag0_abs_mean" not in metrics, "no token is of the present version"
+
+
+def test_what_is_masked_has_no_age(new_learner, make_groups):
+    learner = new_learner()
+    learner.version = 5
+    batch = to_experience(RolloutBatch(groups=tuple(make_groups(seed=1))))
+    versions = torch.full_like(batch.versions_BT, 4)
+    versions[:, 0] = 1
+    aged = dataclasses.replace(batch, versions_BT=versions)
+    metrics = learner.learn_from(aged, oldest=4).metrics
+    assert (metrics["staleness/max"], metrics["staleness/mean"]) == (1, 1)
+    metrics = learner.learn_from(aged, oldest=5).metrics
+    assert (metrics["staleness/max"], metrics["staleness/mean"]) == (0, 0), "nothing was kept"
+
+
+@pytest.mark.parametrize(
+    ("objective", "gap", "wanted"),
+    [
+        ({"clip_low": 0.2, "clip_high": 0.28}, math.log(0.75), 1),
+        ({"clip_low": 0.2, "clip_high": 0.28}, math.log(1.22), 0),
+        ({"kind": "capped_weight", "clip_low": 0.5}, math.log(0.25), 1),
+        ({"kind": "sequence", "aggregate": "sequence"}, 0.0, 0),
+        ({"kind": "sequence", "aggregate": "sequence"}, 1e-3, 1),
+    ],
+)
+def test_each_age_is_held_against_the_objectives_own_bounds(
+    new_learner, make_groups, objective, gap, wanted
+):
+    """Tokens alternate around `gap`, so that a sequence's ratio is e^gap."""
+    learner = new_learner(objective=objective)
+    batch = to_experience(RolloutBatch(groups=tuple(make_groups(seed=1))))
+    known = prepare(batch, learner.networks, learner.config, temperature=1.0, kl_coef=0.0)
+    noise = torch.randn(batch.mask_BT.shape, generator=torch.Generator().manual_seed(0)) * 0.01
+    noise *= batch.mask_BT
+    noise -= noise.sum(1, keepdim=True) / batch.mask_BT.sum(1, keepdim=True)
+    behaviour = (known.proximal - gap - noise) * batch.mask_BT
+    found = by_age(
+        dataclasses.replace(batch, behaviour_BT=behaviour), known, learner.config, version=0
+    )
+    assert found["offpolicy/clip_fraction/lag0"] == wanted
 
 
 def test_the_learning_rate_is_that_of_the_step(new_learner, make_groups):

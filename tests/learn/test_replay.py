@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -108,6 +110,24 @@ def test_a_resume_forgets_the_steps_it_takes_anew(spec, recording, make_groups, 
     resumed.close()
     done = replay(spec(**ADAPTIVE), folder)
     assert (done.steps, done.differs, done.found) == (3, None, final)
+
+
+@pytest.mark.parametrize("kind", ["linear", "fixed"])
+def test_a_run_that_was_given_more_steps_is_replayed(spec, make_groups, tmp_path, kind):
+    """Each step at the rate and the price of the plan that it was taken under."""
+    planned = {"schedule": "linear", "kl": {"kind": kind, "coef": 0.2}}
+    short = replace(spec(tmp_path / "kept", **planned), total_steps=4, total_samples=48)
+    begun = PolicyLearner(short)
+    for seed in range(3):
+        begun.learn(make_groups(seed=seed))
+    begun.save(tmp_path / "saved")
+    begun.close()
+    longer = PolicyLearner(spec(tmp_path / "kept", **planned))
+    longer.load(tmp_path / "saved")
+    longer.learn(make_groups(seed=3))
+    longer.close()
+    done = replay(spec(**planned), tmp_path / "kept")
+    assert (done.steps, done.differs) == (4, None)
 
 
 def test_a_recording_is_bounded_in_bytes_and_can_be_off(spec, make_groups, tmp_path):
