@@ -126,12 +126,15 @@ def check_context(config: Config) -> None:
     """Prompt + response, or a training text, beyond the positions of `model.path`: said now, not
     by the engine or after hours.
 
-    A new model's own context is checked with the configuration. Raises ConfigError.
+    A new model's own context is checked with the configuration. Raises ConfigError, or ModelError
+    where there is no model.
     """
+    from distrl.models.load import positions
+
     folder = resolve_model(config.model.path)
     if folder is None:
         return
-    context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    context = positions(folder)
     longest = max(config.sequence_tokens, config.generate.max_model_len or 0)
     if context is not None and longest > context:
         raise ConfigError(

@@ -342,8 +342,8 @@ class LearnConfig(Section):
     )
     adam_bits: Literal[8, 32] = Field(
         default=32,
-        description="8: Adam's moments take a quarter of the memory (torchao); the step is "
-        "compiled, which needs a C++ compiler on a CPU",
+        description="8: Adam's moments take a quarter of the memory, but for embeddings (torchao); "
+        "the step is compiled, which needs a C++ compiler on a CPU",
     )
     trust_engine_logprobs: bool = Field(
         default=False,

@@ -32,14 +32,16 @@ def response_kl(
     One sample's value may be negative; the mean over samples of pi is an unbiased estimate
     of KL(pi || ref). Both distributions are those at the sampling temperature. Computed in
     float32 by both models, so that no engine's rounding is in it. Every rollout must have
-    the same number of samples; a forward pass has at most `batch_tokens` padded tokens.
+    the same number of samples; a forward pass has at most `batch_tokens` padded tokens, or one
+    sequence.
     """
     rows = [
         (np.concatenate([r.prompt.token_ids, s.token_ids]), len(r.prompt.token_ids))
         for r in rollouts
         for s in r.samples
     ]
-    batches = token_budget_batches([len(ids) for ids, _ in rows], batch_tokens, seed=0)
+    lengths = [len(ids) for ids, _ in rows]
+    batches = token_budget_batches(lengths, max(batch_tokens, *lengths), seed=0)
     policies = _load(policy), _load(reference)
     kl_R = np.empty(len(rows))
     for batch in batches:

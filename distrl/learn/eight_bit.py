@@ -1,5 +1,6 @@
 """AdamW whose moments take a byte each (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-Quantization"), by torchao: blocks of 256 numbers share a scale; small tensors stay in float32.
+Quantization"), by torchao: blocks of 256 numbers share a scale; small tensors stay in float32, and
+so do embeddings, as in the paper (section 2.3).
 
 Imported where it is asked for alone: torchao is an extra of this package (`eight-bit`). Its steps
 are compiled, once for each shape of a weight.
@@ -7,6 +8,7 @@ are compiled, once for each shape of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -23,7 +25,21 @@ MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 
 class EightBitAdamW(AdamW8bit):
     """torchao's, but with a state in float32: any number of ranks takes it up, and so does AdamW of
-    32 bits, and the other way round. What is read back is rounded to 8 bits once more."""
+    32 bits, and the other way round. What is read back is rounded to 8 bits once more.
+
+    wide: those of `params` whose moments stay in float32. Most rows of an embedding have no
+    gradient in a step: the second moment of a row beside others that have one is soon rounded to 0
+    while its first is not, and it would move by hundreds of learning rates.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, wide: Iterable[Tensor] = (), **settings: Any
+    ) -> None:
+        super().__init__(params, **settings)
+        self._wide = {id(weight) for weight in wide}
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        return torch.zeros_like(p) if id(p) in self._wide else super()._new_buffer(p, signed)
 
     def state_dict(self) -> dict[str, Any]:
         whole = super().state_dict()

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -111,8 +112,8 @@ class PolicyLearner:
         if wanted is None:
             small = sum(p.numel() for p in self.policy.parameters()) <= SMALL
             wanted = small and self.config.replayable
-        folder = self.spec.recording if wanted else None
-        return Recorder(folder, int(self.config.record_mib * 2**20))
+        folder = self.spec.recording if self.ranks.first else None
+        return Recorder(folder, int(self.config.record_mib * 2**20), on=wanted)
 
     def plan(self, total_steps: int) -> None:
         """Let schedules take their course over so many steps: the policy's, and a linear leash's,
@@ -307,13 +308,9 @@ class PolicyLearner:
         """Count a non-finite step and keep its batch; stop the run at the third in a row."""
         self.skips += 1
         self.skips_in_a_row += 1
-        path = self.spec.scratch / f"nonfinite_step_{self.step + 1:06d}.safetensors"
-        if self.ranks.first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in vars(batch).items()}, path)
         cause = (
             f"learner step {self.step + 1}: policy loss {report.policy_loss}, value loss "
-            f"{report.value_loss}, gradient norm {norm}; the batch is kept in {path}"
+            f"{report.value_loss}, gradient norm {norm}; the batch is {self._keep(batch)}"
         )
         log.warning("skipped a non-finite %s", cause)
         if self.skips_in_a_row >= self.config.max_skips:
@@ -321,6 +318,17 @@ class PolicyLearner:
                 f"{self.skips_in_a_row} non-finite steps in a row; the last: {cause}. "
                 "Lower learn.lr or look at the rewards of that batch"
             )
+
+    def _keep(self, batch: Experience) -> str:
+        """Write the batch of a non-finite step to where it can be looked at; what came of it."""
+        path = self.spec.scratch / f"nonfinite_step_{self.step + 1:06d}.safetensors"
+        if self.ranks.first:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({k: v.contiguous() for k, v in vars(batch).items()}, path)
+            except (OSError, SafetensorError) as error:  # a full disk, say: the run goes on
+                return f"lost ({error})"
+        return f"kept in {path}"
 
     # -- weights ------------------------------------------------------------------
 

@@ -72,7 +72,8 @@ def train(
     """Train `module` for some epochs; it is left in evaluation mode.
 
     The learning rate warms up over the share `warmup` of all steps and falls as a cosine to
-    10 % of `lr` (InstructGPT, appendix C). `on_step(step, total, metrics)` is called after
+    10 % of `lr` (InstructGPT, appendix C). Dropout is off, as in the learner: what threads draw
+    would depend on who comes first. `on_step(step, total, metrics)` is called after
     each step, and once more with what `on_epoch(epoch)` answers at an epoch's end; both count
     from 1. Nothing here is random: the batches and the module decide the outcome.
 
@@ -85,8 +86,8 @@ def train(
     optimizer = adamw(module, lr, weight_decay)
     warm, step, skipped, in_a_row = round(warmup * total), 0, 0, 0
     seen = _Mean()
+    module.eval()
     for epoch, batches in enumerate(plan):
-        module.train()
         seen = _Mean()
         for batch in batches:
             rate = lr * lr_factor(step, total, "cosine", warm)
@@ -102,7 +103,6 @@ def train(
                 seen.add(value, answer.count)
             shown = {} if norm is None else {"loss": value, "grad_norm": norm, **answer.metrics}
             on_step(step, total, {**shown, "lr": rate, "skipped": skipped})
-        module.eval()
         on_step(step, total, on_epoch(epoch + 1))
     return TrainReport(steps=step, skipped=skipped, loss=seen.value, items=seen.count)
 

@@ -23,7 +23,8 @@ def optimizer_for(module: nn.Module, config: LearnConfig) -> torch.optim.Optimiz
     if config.adam_bits == 8:
         from distrl.learn.eight_bit import EightBitAdamW
 
-        return EightBitAdamW(weights, **settings)
+        tables = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
+        return EightBitAdamW(weights, wide=tables, **settings)
     if config.adam_epsilon_in == "tf":
         return TFAdamW(weights, **settings)
     return torch.optim.AdamW(weights, **settings, fused=True)

@@ -48,12 +48,13 @@ class Recorded:
 
 
 class Recorder:
-    """Keeps steps in `folder` until they fill `max_bytes`; None: keeps nothing."""
+    """Keeps steps in `folder` until they fill `max_bytes`; None, or not `on`: keeps nothing."""
 
-    def __init__(self, folder: Path | None, max_bytes: int) -> None:
+    def __init__(self, folder: Path | None, max_bytes: int, *, on: bool = True) -> None:
         self._folder, self._max_bytes = folder, max_bytes
+        self._on = on and folder is not None
         self._bytes = 0
-        if folder is not None:
+        if folder is not None and self._on:
             folder.mkdir(parents=True, exist_ok=True)
             self._bytes = sum(path.stat().st_size for path in folder.iterdir())
 
@@ -61,12 +62,12 @@ class Recorder:
         self, step: int, total_steps: int, batch: Experience, oldest: int, *modules: nn.Module
     ) -> None:
         """Record a step after it was taken. A full recording stays as it is."""
-        if self._folder is None:
+        if self._folder is None or not self._on:
             return
         nbytes = sum(tensor.nbytes for tensor in vars(batch).values())
         if self._bytes + nbytes > self._max_bytes:
             log.warning("recording ends before step %d: learn.record_mib is used up", step)
-            self._folder = None
+            self._on = False
             return
         path = _path(self._folder, step)
         meta = {
@@ -79,14 +80,24 @@ class Recorder:
             self._bytes += _write(path, batch, meta)
         except (OSError, SafetensorError) as error:  # a full disk, say: the run is worth more
             log.warning("recording ends before step %d: %s", step, error)
-            self._folder = None
+            self._on = False
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after `step`: they are taken anew."""
-        for number, path in _steps(self._folder) if self._folder is not None else ():
+        """Forget the steps after `step`, which are taken anew, whether or not these are recorded.
+        A recording that ended before `step` stays as it is: what comes would have a gap before it.
+        """
+        if self._folder is None or not self._folder.is_dir():
+            return
+        there = 0
+        for number, path in _steps(self._folder):
             if number > step:
                 self._bytes -= path.stat().st_size
                 path.unlink()
+            else:
+                there += 1
+        if self._on and there < step:
+            log.warning("recording ended at step %d, so it does not go on from %d", there, step)
+            self._on = False
 
 
 def recorded(folder: Path) -> Iterator[Recorded]:

@@ -162,6 +162,12 @@ def read_groups(
             f"{split} rows before it differs from the others to its prompt, so there is nothing "
             "to learn; raise it (empty: data.max_prompt_tokens + generate.max_new_tokens)"
         )
+    gap = config.reward_model.min_gap
+    if split == "train" and not any(pairs_of(group.ratings_K, gap)[0] for group in groups):
+        raise DataError(
+            f"no two responses to one prompt are rated reward_model.min_gap={gap:g} or more apart "
+            "in the train rows, so there is nothing to learn; lower it"
+        )
     if split != "train":
         _, ratings_N, prompts = _flat(groups)
         draw_pairs(ratings_N, prompts, config.run.seed)

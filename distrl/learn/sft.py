@@ -181,7 +181,8 @@ def collate(batch: Sequence[Example], device: torch.device) -> tuple[Tensor, Ten
 @torch.no_grad()
 def validation_loss(model: nn.Module, examples: Sequence[Example], crew: Crew = ALONE) -> float:
     """Nats a response token over all of `examples`; NaN where there are none."""
-    plan = batches(examples, EVALUATION_TOKENS, seed=0)
+    longest = max((len(example.ids) for example in examples), default=0)
+    plan = batches(examples, max(EVALUATION_TOKENS, longest), seed=0)
     losses = crew.run(lambda batch: next_token_loss(model, batch), plan)
     count = sum(loss.count for loss in losses)
     return sum(loss.mean.item() * loss.count for loss in losses) / count if count else math.nan

@@ -31,14 +31,16 @@ class StateMismatch(ValueError):
     """A saved state does not fit the model or optimizer that should take it up."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks = ALONE) -> None:
-    """This rank's part of `tensors`."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, ranks: Ranks = ALONE, **meta: str
+) -> None:
+    """This rank's part of `tensors`, and what `meta` says of them."""
     parts = {name: _part(tensor) for name, tensor in tensors.items()}
     firsts = {name: first for name, (first, _) in parts.items() if first}
     save_file(
         {name: rows.cpu().contiguous() for name, (_, rows) in parts.items()},
         _file(path, ranks),
-        {"first_rows": json.dumps(firsts)},
+        {"first_rows": json.dumps(firsts), **meta},
     )
 
 
@@ -65,19 +67,22 @@ def load_module(module: nn.Module, path: Path) -> None:
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, ranks: Ranks = ALONE) -> None:
     """The moments and step counts; hyperparameters come from the configuration."""
     state = optimizer.state_dict()["state"]
-    save_tensors({f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}, path, ranks)
+    tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+    save_tensors(tensors, path, ranks, weights=str(len(_weights(optimizer))))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Take up what `save_optimizer` wrote. Raises StateMismatch."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Take up what `save_optimizer` wrote. Raises StateMismatch.
+
+    A weight that no gradient has ever reached has no moments, there and here: a vision tower's
+    that text alone is read with, say.
+    """
+    parameters = _weights(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     with _Saved(path) as saved:
-        places = {int(name.split(".", 1)[0]) for name in saved.names}
-        if places and places != set(range(len(parameters))):
+        if (count := saved.weights) not in (None, len(parameters)):
             raise StateMismatch(
-                f"{path} is of an optimizer with {len(places)} tensors, not {len(parameters)}; "
-                f"{SAME}"
+                f"{path} is of an optimizer with {count} tensors, not {len(parameters)}; {SAME}"
             )
         for name in saved.names:
             place, key = name.split(".", 1)
@@ -89,18 +94,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
 
 
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 class _Saved:
-    """The files of one state, open for reading."""
+    """The files of one state, open for reading; `weights`: of an optimizer, those it moves."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._stack = path, ExitStack()
         self._files: list[tuple[Any, dict[str, int]]] = []
+        self.weights: int | None = None
 
     def __enter__(self) -> _Saved:
         for file in _files(self._path):
             opened = self._stack.enter_context(safe_open(file, framework="pt"))
             meta = opened.metadata() or {}
             self._files.append((opened, json.loads(meta.get("first_rows", "{}"))))
+            self.weights = int(meta["weights"]) if "weights" in meta else None
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -39,9 +39,17 @@ class ScalarModel(nn.Module):
     gain: Tensor
     bias: Tensor
 
-    def __init__(self, body: PreTrainedModel, seed: int = 0, *, zero_head: bool = False) -> None:
+    def __init__(
+        self,
+        body: PreTrainedModel,
+        seed: int = 0,
+        *,
+        zero_head: bool = False,
+        width: int | None = None,
+    ) -> None:
+        """width: of the body's last states, where that is not its `hidden_size`."""
         super().__init__()
-        hidden = body.config.get_text_config().hidden_size
+        hidden = width or body.config.get_text_config().hidden_size
         self.body = body
         self.head = nn.Linear(hidden, 1)
         generator = torch.Generator().manual_seed(seed)
@@ -63,12 +71,13 @@ class ScalarModel(nn.Module):
         nothing yet, where a random head would only add noise to the first advantages.
         """
         body = cast(PreTrainedModel, policy.base_model)
-        return cls(copy.deepcopy(body), seed, zero_head=zero_head)
+        return cls(copy.deepcopy(body), seed, zero_head=zero_head, width=_width(policy))
 
     @classmethod
     def upon(cls, policy: PreTrainedModel) -> ScalarModel:
         """A head on the policy's own body, which both then share; it answers 0 at first."""
-        return cls(cast(PreTrainedModel, policy.base_model), zero_head=True)
+        body = cast(PreTrainedModel, policy.base_model)
+        return cls(body, zero_head=True, width=_width(policy))
 
     def forward(self, ids_BT: Tensor, chosen_BT: Tensor) -> Tensor:
         """values_N, float32, on the normalised scale, after the tokens that `chosen_BT` marks;
@@ -149,7 +158,7 @@ class ScalarModel(nn.Module):
                 local_files_only=True,
                 trust_remote_code=False,
             )
-            model = cls(body)
+            model = cls(body, width=head["weight"].shape[1])
             model.head.load_state_dict(head)
             model.normalise(meta["gain"], meta["bias"])
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -158,6 +167,11 @@ class ScalarModel(nn.Module):
             ) from error
         model.meta = meta
         return model.eval()
+
+
+def _width(policy: PreTrainedModel) -> int | None:
+    """What a policy's head reads: some project their last states down to it."""
+    return getattr(policy.get_output_embeddings(), "in_features", None)
 
 
 def reward_input(ids: Int32s, eos: int, limit: int | None = None) -> Int32s:

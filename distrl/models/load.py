@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -91,7 +92,20 @@ def load_policy(
         raise ModelError(f"cannot load the policy in {folder}: {error}") from error
     if tokenizer is not None:
         check_vocab(model, tokenizer, folder)
+    _mend_settings(model)
     return model.eval()
+
+
+def _mend_settings(model: PreTrainedModel) -> None:
+    """Some checkpoints set a temperature and do not say that they sample: transformers reads them
+    and will not write them again."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
 
 
 def save_policy(
@@ -112,6 +126,17 @@ def save_policy(
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """ "float32", "bfloat16" or "float16" as torch names it."""
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def positions(folder: Path) -> int | None:
+    """That the model in `folder` can read; None where its config does not say. ModelError where it
+    holds none."""
+    try:
+        config = AutoConfig.from_pretrained(checked_folder(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no model that transformers knows: {error}") from error
+    # Under this name whatever a kind of models calls it, and of the part that reads text.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def checked_folder(folder: Path | str) -> Path:

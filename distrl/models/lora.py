@@ -60,14 +60,20 @@ def check_targets(folder: Path, config: LoRAConfig) -> None:
     _check_targets(model, config)
 
 
-def _check_targets(model: nn.Module, config: LoRAConfig) -> None:
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _check_targets(model: PreTrainedModel, config: LoRAConfig) -> None:
+    """The output head is none of the layers: the learner reads it by itself."""
+    head = model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ModelError(
-                f"learn.lora.targets: no layer of the policy is called {target!r}; it has "
-                f"{', '.join(kinds)}"
+                "learn.lora.targets: no layer of the policy that can have an adapter is called "
+                f"{target!r}; it has {', '.join(kinds) or 'none (torch.nn.Linear, but no head)'}"
             )
 
 

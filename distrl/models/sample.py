@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -25,25 +26,21 @@ def sample(
 ) -> list[Int32s]:
     """One response for each prompt, in order: [T] int32, the end-of-sequence token included.
 
-    Pure sampling at `temperature`: whatever cuts (top-k, top-p, penalties) the checkpoint's
-    own generation settings ask for are left out, for the rollouts know none either. The
-    model's training mode is put back.
+    Pure sampling at `temperature`: whatever the checkpoint's own generation settings ask for
+    (cuts, penalties, tokens that may not come) is left out, for the rollouts know none of it
+    either. The model's training mode is put back.
     """
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos,
         pad_token_id=eos,
-        bos_token_id=model.config.bos_token_id,
     )
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     out: list[Int32s] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _as_it_is(model):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch):
             ids_BP, mask_BP = _pad_left(prompts[start : start + batch], eos)
@@ -51,8 +48,21 @@ def sample(
                 ids_BP.to(device), attention_mask=mask_BP.to(device), generation_config=settings
             )
             out += [_response(row, eos) for row in made[:, ids_BP.shape[1] :].cpu().numpy()]
-    model.train(training)
     return out
+
+
+@contextmanager
+def _as_it_is(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model is in evaluation mode and has no generation settings: what a caller does
+    not set, `generate` would take from there."""
+    own, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
 
 
 def _pad_left(prompts: Sequence[Int32s], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

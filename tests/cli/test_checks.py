@@ -73,7 +73,7 @@ def test_lora_targets(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe["learn"]["lora"] = {"rank": 2, "targets": ["query"]}
-    assert "no layer of the policy is called 'query'; it has" in refused(recipe, tmp_path, capsys)
+    assert "an adapter is called 'query'; it has" in refused(recipe, tmp_path, capsys)
 
 
 def test_the_critic_s_tokenizer(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from distrl.cli import main
 from distrl.cli.plan import parameters
@@ -73,6 +75,20 @@ def test_a_checkpoint_with_too_short_a_context(
     said = capsys.readouterr().err
     assert "129 is beyond the 128 positions" in said and "shorten" in said
     assert main(["train", "--dry-run", *words[:-1], "116"]) == 0
+
+
+def test_a_context_by_another_name(
+    tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 calls it n_positions."""
+    folder = shutil.copytree(tiny_policy, tmp_path / "gpt2")
+    GPT2Config(n_positions=64, vocab_size=300).save_pretrained(folder)
+    words = ["--model.path", str(folder), "--generate.max_new_tokens"]
+    assert main(["train", "--dry-run", *words, "53"]) == 2
+    assert "65 is beyond the 64 positions" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"model_type": "no such kind"}')
+    assert main(["train", "--dry-run", *words, "50"]) == 1
+    assert "holds no model that transformers knows" in capsys.readouterr().err
 
 
 def test_training_texts_are_as_long_as_the_run_s_sequences(

@@ -143,7 +143,7 @@ def slow_kl(rollout: Rollout, sample: Sample, policy: Path, reference: Path, tem
     return total
 
 
-@pytest.mark.parametrize("batch_tokens", [16, 4096])
+@pytest.mark.parametrize("batch_tokens", [2, 16, 4096])
 def test_kl_is_that_of_the_slow_obvious_loop(policies, batch_tokens):
     before, after = policies
     rollouts = [rollout_of(prompt) for prompt in PROMPTS]

@@ -57,6 +57,7 @@ def test_it_follows_adamw_and_either_goes_on_from_the_others_state(
     assert 0 < seen["apart"] < 0.5 * seen["travelled"]
     assert 0.24 < seen["bytes"] < 0.27
     assert seen["goes on"] < 0.1 * seen["anew"]
+    assert 0.9 < seen["largest"] < 1.5, "what is rarely seen does not leap"
     assert seen["widened"], "AdamW of 32 bits has taken up another state"
 
 

@@ -157,3 +157,18 @@ def test_a_policy_whose_logits_are_capped_after_the_head_is_refused(tiny_policy,
     monkeypatch.setattr(model.config, "final_logit_softcapping", 30.0, raising=False)
     with pytest.raises(ModelError, match=r"final_logit_softcapping=30\.0.*choose another model"):
         check_head(model, tiny_policy)
+
+
+def test_what_is_done_to_logits_is_seen_whatever_it_is_called(tiny_policy, monkeypatch):
+    model = load_policy(tiny_policy)
+    check_head(model, tiny_policy)
+    forward = model.forward
+
+    def louder(**inputs):
+        found = forward(**inputs)
+        found.logits = found.logits * 1.01
+        return found
+
+    monkeypatch.setattr(model, "forward", louder)
+    with pytest.raises(ModelError, match="not what the head makes of the last states"):
+        check_head(model, tiny_policy)

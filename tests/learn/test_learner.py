@@ -191,6 +191,21 @@ def test_a_gradient_that_is_not_finite_leaves_every_bit_as_it_was(
     assert report.metrics["learn/skipped_steps"] == 1 and not same(weights(learner), before)
 
 
+def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
+    new_learner, make_groups, monkeypatch, caplog
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    learner = new_learner()
+    with monkeypatch.context() as patch:
+        patch.setattr("distrl.learn.learner.save_file", full)
+        poison(learner, patch, times=1)
+        assert learner.learn(make_groups(seed=1)).skipped
+    assert "the batch is lost ([Errno 28] No space left" in caplog.text
+    assert not learner.learn(make_groups(seed=2)).skipped
+
+
 def test_a_loss_that_is_not_finite_is_not_applied_even_where_its_gradient_is(
     new_learner, make_groups, monkeypatch
 ):

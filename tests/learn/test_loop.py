@@ -50,6 +50,13 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert max(rates) == pytest.approx(0.05) and rates[-1] == pytest.approx(0.005, rel=0.02)
 
 
+def test_dropout_is_off():
+    """What threads draw from one generator would depend on who comes first."""
+    module = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))
+    _, _, seen = run([3.0] * 20, module=module.train(), lr=1e-9)
+    assert len({m["loss"] for _, _, m in seen if "loss" in m}) == 1
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     torch.manual_seed(1)
     module = nn.Linear(2, 1)

@@ -122,6 +122,8 @@ def test_targets_that_name_nothing_are_refused_with_those_there_are(tiny_policy)
     with pytest.raises(ModelError, match="called 'query'"):
         check_targets(tiny_policy, config)
     check_targets(tiny_policy, LoRAConfig(rank=2))
+    with pytest.raises(ModelError, match=r"called 'lm_head'; it has (?!.*lm_head)"):
+        check_targets(tiny_policy, LoRAConfig(rank=2, targets=("lm_head",)))
 
 
 def test_merging_adds_the_scaled_product(tiny_policy):

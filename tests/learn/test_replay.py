@@ -130,6 +130,39 @@ def test_a_run_that_was_given_more_steps_is_replayed(spec, make_groups, tmp_path
     assert (done.steps, done.differs) == (4, None)
 
 
+@pytest.mark.parametrize("ended", [True, False], ids=["full", "whole"])
+def test_a_recording_that_ended_does_not_go_on_behind_a_gap(
+    spec, make_groups, tmp_path, ended, caplog
+):
+    folder = tmp_path / "kept"
+    begun = PolicyLearner(spec(folder, record_mib=0.001 if ended else 256))
+    begun.learn(make_groups(seed=1))
+    begun.learn(make_groups(seed=2))
+    begun.save(tmp_path / "saved")
+    begun.close()
+    resumed = PolicyLearner(spec(folder))
+    resumed.load(tmp_path / "saved")
+    resumed.learn(make_groups(seed=3))
+    resumed.close()
+    there = sorted(path.name for path in folder.iterdir())
+    assert there == ([] if ended else [f"step_{n:06d}.safetensors" for n in (1, 2, 3)])
+    assert ("so it does not go on" in caplog.text) == ended
+
+
+def test_steps_that_are_taken_anew_unrecorded_are_forgotten_too(
+    spec, recording, make_groups, tmp_path
+):
+    folder, _ = recording
+    saver = PolicyLearner(spec(**ADAPTIVE))
+    saver.learn_from(next(iter(recorded(folder))).batch)
+    saver.save(tmp_path / "saved")
+    saver.close()
+    resumed = PolicyLearner(spec(folder, record=False, **ADAPTIVE))
+    resumed.load(tmp_path / "saved")
+    resumed.close()
+    assert [kept.step for kept in recorded(folder)] == [1]
+
+
 def test_a_recording_is_bounded_in_bytes_and_can_be_off(spec, make_groups, tmp_path):
     small = PolicyLearner(spec(tmp_path / "small", record_mib=0.02))
     for seed in range(8):

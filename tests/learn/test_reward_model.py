@@ -133,6 +133,17 @@ def test_equal_held_out_ratings_are_told_before_the_training(config, policy, sou
         )
 
 
+def test_ratings_that_all_lie_too_close_are_told_before_the_training(config, policy, tmp_path):
+    wide = config.reward_model.model_copy(update={"min_gap": 100.0})
+    with pytest.raises(DataError, match=r"reward_model\.min_gap=100 or more apart .*lower it"):
+        run_reward_model(
+            config.model_copy(update={"reward_model": wide}),
+            policy,
+            tmp_path / "out",
+            lambda *_: pytest.fail("trained in vain"),
+        )
+
+
 def test_a_batch_without_a_pair_has_loss_0_in_the_graph(model):
     group = Group(prompt="", ids=random_groups((2,))[0].ids, ratings_K=np.ones(2, np.float32))
     loss = group_loss(model, [group], RewardModelConfig())

@@ -81,6 +81,21 @@ def test_an_optimizer_that_never_stepped_comes_back_so(tmp_path):
     assert fresh.state_dict()["state"] == {}
 
 
+def test_a_weight_that_no_gradient_reaches_is_no_hindrance(tmp_path):
+    """As a vision tower's is where text alone is read."""
+    tied = Tied()
+    module = nn.ModuleList([nn.Linear(2, 2), tied])
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    tied.embedding(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    save_optimizer(optimizer, tmp_path / "o.safetensors")
+    resumed = torch.optim.AdamW(module.parameters(), fused=True)
+    load_optimizer(resumed, tmp_path / "o.safetensors")
+    before, again = optimizer.state_dict()["state"], resumed.state_dict()["state"]
+    assert list(before) == list(again) == [2]
+    assert all(torch.equal(before[2][key], again[2][key]) for key in before[2])
+
+
 def test_an_optimizer_of_another_module_is_refused(tmp_path):
     save_optimizer(stepped(Tied()), tmp_path / "o.safetensors")
     other = nn.Linear(3, 3)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from distrl.config import ModelConfig
 from distrl.data.tokenizer import train_tokenizer
@@ -120,6 +121,25 @@ def test_saved_and_loaded_it_answers_the_same(tmp_path, model, tokenizer):
     assert again.context == 32 and not again.training
     assert {p.suffix for p in (tmp_path / "rm").iterdir()} == {".safetensors", ".json"}
     assert json.loads((tmp_path / "rm" / "config.json").read_text())["hidden_size"] == 64
+
+
+def test_a_body_that_projects_its_last_states_has_a_head_of_their_width(tmp_path, tokenizer):
+    config = OPTConfig(
+        vocab_size=300,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        max_position_embeddings=32,
+    )
+    policy = OPTForCausalLM(config)
+    rows, lengths = padded([torch.tensor([5, 6, 7])], 1)
+    model = ScalarModel.from_policy(policy.eval()).eval()
+    model.save(tmp_path / "model", tokenizer, {})
+    again = ScalarModel.load(tmp_path / "model")
+    assert model.head.in_features == ScalarModel.upon(policy).head.in_features == 16
+    torch.testing.assert_close(again.reward(rows, lengths), model.reward(rows, lengths))
 
 
 def test_a_folder_that_is_no_reward_model_is_named(tmp_path, policy, tokenizer, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_saved_and_loaded_it_answers_the_same(tmp_path, tokenizer):
     assert not again.training
     assert len(AutoTokenizer.from_pretrained(tmp_path / "policy")) == len(tokenizer)
     assert not [p for p in (tmp_path / "policy").iterdir() if p.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_a_temperature_without_sampling_is_no_hindrance_to_saving(tmp_path, tokenizer):
+    """Checkpoints are about that transformers reads and does not write."""
+    save_policy(new_llama(SMALL, tokenizer, 0), tokenizer, tmp_path / "policy")
+    path = tmp_path / "policy" / "generation_config.json"
+    settings = json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}
+    path.write_text(json.dumps(settings))
+    save_policy(load_policy(tmp_path / "policy"), tokenizer, tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert again["temperature"] == 0.9 and again["do_sample"]
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from distrl.config import ModelConfig
 from distrl.data.tokenizer import train_tokenizer
@@ -58,3 +59,15 @@ def test_the_training_mode_is_put_back(model):
     model.train()
     draw(model)
     assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "own", [{"min_p": 0.9999}, {"suppress_tokens": list(range(20, 300))}, {"repetition_penalty": 9}]
+)
+def test_what_the_checkpoint_asks_for_is_left_out(model, monkeypatch, own):
+    plain = draw(model)
+    settings = GenerationConfig(**own)
+    monkeypatch.setattr(model, "generation_config", settings)
+    assert draw(model) == plain
+    assert model.generation_config is settings
