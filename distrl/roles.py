@@ -21,6 +21,10 @@ class WorkerDied(RoleError):
     """The process behind a role is gone. `restart()` brings up another."""
 
 
+class EngineFailed(WorkerDied):
+    """A generator's engine did not come up; the log of whoever started it says why."""
+
+
 class CanaryMismatch(RoleError):
     """A generator's log-probabilities differ from the learner's after a sync."""
 

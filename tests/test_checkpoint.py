@@ -379,6 +379,9 @@ def test_a_place_where_no_folder_can_be_is_told(tmp_path, monkeypatch):
     with pytest.raises(RunDirError, match=r"file is no folder; choose another run\.root"):
         RunDir(tmp_path / "file" / "run").create("")
 
+    with pytest.raises(RunDirError, match=r"no folder can be made at /proc/no/run"):
+        RunDir(Path("/proc/no/run")).create("")
+
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 

@@ -35,7 +35,7 @@ from distrl.records import (
     StepReport,
     Weights,
 )
-from distrl.roles import LearnerFailed, WorkerDied
+from distrl.roles import EngineFailed, LearnerFailed, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class ActorHandle:
             async with asyncio.timeout(self._start_timeout_s):
                 self.node = await self.alive(self.actor.node.remote())
                 await self.come_up()
+        except EngineFailed as error:
+            raise WorkerDied(f"{error}\n{tail(self._log)}") from error
         except TimeoutError:
             raise WorkerDied(
                 f"{self.name} did not start within {self._start_timeout_s:g} s; {tail(self._log)}"

@@ -121,7 +121,12 @@ class RunDir:
             raise RunDirError("resume and fresh exclude each other: keep the progress or not?")
         with writing("the run directory", self.path, "give the same command again"):
             self._check_path()
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # below /proc, say
+                raise RunDirError(
+                    f"no folder can be made at {self.path}; choose another run.root"
+                ) from None
             self._take_lock()
             try:
                 self._prepare(config_yaml, resume, fresh)
@@ -178,8 +183,8 @@ class RunDir:
                 f"{self.path} has progress but no config.yaml to compare with; put the "
                 "run's own one back, or delete the progress by --fresh"
             )
-        there = _flat(yaml.safe_load(self.config.read_text()))
-        given = _flat(yaml.safe_load(config_yaml))
+        there = flat(yaml.safe_load(self.config.read_text()))
+        given = flat(yaml.safe_load(config_yaml))
         changed = [
             f"  {key}: {there.get(key, '(absent)')} -> {given.get(key, '(absent)')}"
             for key in sorted(there.keys() | given.keys())
@@ -217,12 +222,12 @@ class RunDir:
         self._lock = descriptor
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings by dotted keys: {"learn": {"lr": 1}} becomes {"learn.lr": 1}."""
-    flat: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            out[f"{prefix}{key}"] = value
+    return out

@@ -1,4 +1,8 @@
-"""`distrl evaluate`: the trained policy against the one it started from."""
+"""`distrl evaluate`: the trained policy against the one it started from.
+
+What the run was made with (its config.yaml) holds, but for what the command line says otherwise:
+another temperature, or weights that are not averaged, would be another policy's figures.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrl.actors.launch import learner_spec
+from distrl.actors.process import tail
 from distrl.checkpoint import Checkpoints, RunDir
-from distrl.cli.options import parse
+from distrl.cli.options import config_of, parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import policy_folder, reward_model_folder
 from distrl.config import Config, ConfigError
@@ -28,6 +33,7 @@ from distrl.learn.learner import PolicyLearner
 from distrl.models import load_policy
 from distrl.models.load import checked_folder
 from distrl.records import Prompt
+from distrl.roles import EngineFailed, WorkerDied
 from distrl.score import LocalScorer, with_default_part
 from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
@@ -35,6 +41,10 @@ from distrl.sync.memory import SharedMemoryPublisher
 
 def run(about: str, argv: list[str]) -> int:
     options = parse("evaluate", about, argv)
+    directory = RunDir(options.config.run.dir)
+    if directory.config.exists():
+        theirs = config_of(directory).model_dump(mode="json")
+        options = parse("evaluate", about, argv, beneath=theirs)
     if options.dry_run:
         print_plan(options.config)
         return 0
@@ -55,8 +65,12 @@ def evaluate(config: Config) -> Comparison:
         print(
             f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True
         )
-        with output_to(directory.logs / "evaluator.log"):
-            comparison = asyncio.run(_compare(config, before, after, prompts))
+        log = directory.logs / "evaluator.log"
+        try:
+            with output_to(log):
+                comparison = asyncio.run(_compare(config, before, after, prompts))
+        except EngineFailed as error:
+            raise WorkerDied(f"{error}\n{tail(log)}") from error
     print_report(comparison, config.evaluate.samples_shown)
     with writing("the evaluation", directory.path, "evaluate again"):
         if config.evaluate.policy is not None:

@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from distrl.checkpoint import RunDir
 from distrl.cli.help import HONOURED, RUN_FLAGS, did_you_mean, print_help
 from distrl.config import Config, ConfigError, preset_path, read_yaml
 
@@ -107,6 +108,14 @@ def _given(argv: list[str]) -> dict[str, Any]:
         raise ConfigError(
             f"no setting {name}{did_you_mean(name.removeprefix('--'), '--')}; {EXPLAINED}"
         ) from None
+
+
+def config_of(directory: RunDir) -> Config:
+    """The configuration that a run was made with, wherever its directory lies now."""
+    if not directory.config.exists():
+        raise ConfigError(f"{directory.path} has no config.yaml; is it a run directory?")
+    here = {"run": {"root": str(directory.path.parent), "name": directory.path.name}}
+    return validated(merged(read_yaml(directory.config), here))
 
 
 def validated(values: dict[str, Any]) -> Config:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from distrl.actors.launch import learner_spec
 from distrl.checkpoint import RunDir
-from distrl.cli.options import merged, validated
+from distrl.cli.options import config_of
 from distrl.cli.stages import policy_folder, reward_model_folder
-from distrl.config import Config, ConfigError, read_yaml
 from distrl.learn.record import length, recorded
 from distrl.learn.replay import replay
 from distrl.metrics import stage_progress
@@ -53,17 +52,10 @@ def run(about: str, argv: list[str]) -> int:
     if done.differs is not None:
         print(
             f"step {done.differs} differs: its weights have the digest\n  {done.found} instead of\n"
-            f"  {done.expected}\nThe steps before it are equal to the bit. Is it the same machine "
-            "and torch, with as many threads (learn.cpus)?"
+            f"  {done.expected}\n"
+            + "The steps before it are equal to the bit. " * (done.differs > 1)
+            + "Is it the same machine, torch and distrl, with as many threads (learn.cpus)?"
         )
         return DIFFERS
     print(f"{done.steps} steps, weights equal to the bit after each; the last: {done.found}")
     return 0
-
-
-def config_of(directory: RunDir) -> Config:
-    """The configuration that a run was made with, wherever its directory lies now."""
-    if not directory.config.exists():
-        raise ConfigError(f"{directory.path} has no config.yaml; is it a run directory?")
-    here = {"run": {"root": str(directory.path.parent), "name": directory.path.name}}
-    return validated(merged(read_yaml(directory.config), here))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrl.checkpoint import RunDir
+from distrl.checkpoint.run_dir import flat
 from distrl.config import Config, ConfigError, dump_yaml, resolve
 from distrl.data.smollm2 import resolve_model
 from distrl.learn.allocator import return_freed_memory
@@ -40,6 +41,14 @@ class Stage:
         temporary.replace(self.folder / "stage.json")
 
     def clear(self) -> None:
+        """Make room for another outcome; of one that was finished, say why it goes."""
+        path = self.folder / "stage.json"
+        if path.exists():
+            before, now = (flat(tree) for tree in (json.loads(path.read_text()), self.settings))
+            names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+            changed = [f"{name} ({before.get(name)} -> {now.get(name)})" for name in names]
+            why = f"other settings: {', '.join(changed)}" if changed else "--fresh"
+            print(f"{self.title}: made anew in {self.folder}; {why}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -123,18 +132,19 @@ def check_functions(config: Config) -> None:
 
 
 def check_context(config: Config) -> None:
-    """Prompt + response, or a training text, beyond the positions of `model.path`: said now, not
-    by the engine or after hours.
+    """A `model.path` without whole weights, and prompt + response, or a training text, beyond its
+    positions: said now, not by the engine or after hours.
 
     A new model's own context is checked with the configuration. Raises ConfigError, or ModelError
     where there is no model.
     """
-    from distrl.models.load import positions
+    from distrl.models.load import check_weights, positions
 
     folder = resolve_model(config.model.path)
     if folder is None:
         return
     context = positions(folder)
+    check_weights(folder)
     longest = max(config.sequence_tokens, config.generate.max_model_len or 0)
     if context is not None and longest > context:
         raise ConfigError(

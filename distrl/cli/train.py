@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from distrl.actors.cluster import check_demands, connected, demands
 from distrl.actors.launch import launched
-from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
+from distrl.checkpoint import Checkpoint, Checkpoints, RunDir, RunDirError
 from distrl.cli.checks import (
     check_models,
     check_rows,
@@ -63,6 +63,8 @@ def run(about: str, argv: list[str]) -> int:
     if options.dry_run:
         print_plan(options.config)
         return 0
+    if options.resume:
+        check_there_is_a_run(options.config)
     with claimed(options.config, resume=options.resume, fresh=options.fresh) as directory:
         prepare_stages(options.config, fresh=False)
         return report(options.config, train(options, directory))
@@ -84,6 +86,17 @@ def prepare_stages(config: Config, *, fresh: bool, evaluates: bool = False) -> N
     ensure_reward_model(config, fresh=fresh)
 
 
+def check_there_is_a_run(config: Config) -> None:
+    """RunDirError where `--resume` would begin a run: the name is not what was meant."""
+    directory = RunDir(config.run.dir)
+    if not directory.config.exists():
+        others = sorted(path.parent.name for path in config.run.root.glob("*/config.yaml"))
+        raise RunDirError(
+            f"{directory.path} holds no run to go on with; {config.run.root} has "
+            f"{', '.join(others) or 'none'}. Name one by --run.name, or leave out --resume"
+        )
+
+
 def check_local_gpus(config: Config) -> None:
     """More GPUs than this machine has: said now, not when SFT is over."""
     if config.cluster.address is None and (config.learn.gpus or config.generate.gpus):
@@ -99,9 +112,10 @@ def report(config: Config, summary: Summary) -> int:
     """Say how a run ended; returns the exit status."""
     where = config.run.dir
     if summary.stopped:
+        kept = f"; the checkpoint is in {where / 'checkpoints'}" if summary.step else ""
         print(
-            f"stopped after step {summary.step} of {config.driver.steps}; the checkpoint is in "
-            f"{where / 'checkpoints'}. Go on with the same command and --resume",
+            f"stopped after step {summary.step} of {config.driver.steps}{kept}. Go on with the "
+            "same command and --resume",
             flush=True,
         )
         return STOPPED
@@ -135,9 +149,8 @@ def train(options: Options, directory: RunDir) -> Summary:
     if newest is not None:
         print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
     with contextlib.closing(open_ledger(config, directory, newest)) as ledger, connected(config):
-        return asyncio.run(
-            _train(config, directory, checkpoints, newest, source, policy, reward_model, ledger)
-        )
+        work = _train(config, directory, checkpoints, newest, source, policy, reward_model, ledger)
+        return asyncio.run(_interrupted_by_term(work))
 
 
 def checkpoint_bytes(config: Config, policy: Path, reward_model: Path | None) -> int:
@@ -240,6 +253,20 @@ async def _train(
         if not summary.stopped:
             await cast.learner.export(directory.policy)
         return summary
+
+
+async def _interrupted_by_term(work: Coroutine[Any, Any, Summary]) -> Summary:
+    """Until the driver runs, SIGTERM is as Ctrl-C: it would abort in the midst of starting actors,
+    by the handler that Ray has set when it connected."""
+    working = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, working.cancel)
+    try:
+        return await working
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 async def _until_signal(driver: Driver) -> Summary:

@@ -16,7 +16,9 @@ class RunConfig(Section):
     """Where a run lies, and its seed."""
 
     name: str = Field(
-        default="run", pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run directory"
+        default="run",
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$",
+        description="name of the run directory",
     )
     root: Path = Field(default=Path("runs"), description="folder that run directories are made in")
     seed: int = Field(default=0, ge=0, description="seed of data order, initialisation and engines")

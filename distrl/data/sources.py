@@ -188,7 +188,10 @@ def _opening(
 def _check_words(data: DataConfig) -> tuple[int, int]:
     fewest, most = data.prompt_words
     if not 1 <= fewest <= most:
-        raise DataError(f"data.prompt_words={data.prompt_words} should be two numbers, 1 or more")
+        raise DataError(
+            f"data.prompt_words={data.prompt_words} should be the fewest and the most words of a "
+            "prompt, from 1 on"
+        )
     return fewest, most
 
 

@@ -46,6 +46,7 @@ class OrderedBuffer:
     issued yet.
 
     Attributes:
+        batch: groups that a take is for.
         groups: groups held.
         nbytes: their bytes of payload.
         drops: number of dropped indices below `cursor`, and of swept ones, by reason.
@@ -67,7 +68,7 @@ class OrderedBuffer:
         self.groups = 0
         self.nbytes = 0
         self.drops: Counter[str] = Counter()
-        self._batch = batch
+        self.batch = batch
         self._capacity = capacity
         self._max_bytes = max_bytes
         self._largest = 0
@@ -95,7 +96,7 @@ class OrderedBuffer:
         one batch where that is more, unless groups grow larger than all before. What is under way
         may always land.
         """
-        if self.groups + in_flight < self._batch:
+        if self.groups + in_flight < self.batch:
             return True
         reserved = (in_flight + 1) * self._largest
         return self._largest > 0 and self.nbytes + reserved <= self._max_bytes

@@ -238,7 +238,7 @@ class Driver:
             f"Pending prompts:\n{self._roller.pending()}\n"
             f"Generators:\n{self._generators.describe()}\n"
             f"Scorers:\n{self._scorers.describe()}\n"
-            f"Drops: {dict(self._learn.drops())}"
+            f"Drops, the most frequent ones: {dict(self._learn.drops().most_common(10))}"
         )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

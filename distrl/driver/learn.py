@@ -137,7 +137,7 @@ class LearnLoop:
         )
         row = {
             **batch_row(batch, consumed_s),
-            **staleness_row(batch, ages, self._bound_of(batch)),
+            **staleness_row(batch, ages, version, self._bound_of(batch)),
             **duration_row(durations),
             **ahead,
             **self._driver_row(durations.step),

@@ -71,6 +71,9 @@ SILENT = "no signal"
 MAX_SILENT = 1000
 """So many groups without signal in a row are no accident."""
 
+MIN_LOST, LOST_BATCHES = 100, 10
+"""Nor are so many that were given up, or so many learner steps' worth of them."""
+
 
 @dataclass(kw_only=True)
 class Roller:
@@ -103,6 +106,7 @@ class Roller:
     def __post_init__(self) -> None:
         self.waste = Waste()
         self.silent_in_a_row = 0
+        self.lost_in_a_row = 0
         self.landed_tokens = 0
         self.landed_samples = 0
         self.tickets: dict[int, Ticket] = {}
@@ -190,6 +194,7 @@ class Roller:
             scored = await self._roll_out(ticket, first)
         except GroupLost as lost:
             self._drop(ticket, str(lost), "given up")
+            self._check_lost(lost)
         except asyncio.CancelledError:
             if not ticket.doomed:
                 raise
@@ -201,6 +206,15 @@ class Roller:
                 self._drop(ticket, SILENT, SILENT)
             else:
                 self._land(ticket, scored)
+
+    def _check_lost(self, lost: GroupLost) -> None:
+        """Raise DriverError where group after group is given up and none lands."""
+        self.lost_in_a_row += 1
+        if self.lost_in_a_row >= max(MIN_LOST, LOST_BATCHES * self.buffer.batch):
+            raise DriverError(
+                f"{self.lost_in_a_row} groups in a row were given up, each after driver.attempts "
+                f"tries, and none came through; the last: {lost}. Mend it, and go on with --resume"
+            )
 
     def _is_silent(self, scored: ScoredInfo) -> bool:
         """Whether a group says nothing of what is better. Raises DriverError where none does."""
@@ -268,6 +282,7 @@ class Roller:
         now = self.clock()
         del self.tickets[ticket.prompt.index]
         self.progress.moved_s = now
+        self.lost_in_a_row = 0
         self.landed_tokens += sum(scored.info.group.lengths)
         self.landed_samples += len(scored.info.group.lengths)
         self.buffer.put(

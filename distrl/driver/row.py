@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -56,22 +58,27 @@ def batch_row(batch: Sequence[Landed], consumed_s: float) -> Row:
     }
 
 
-def staleness_row(batch: Sequence[Landed], ages: Sequence[Age], max_staleness: int) -> Row:
-    """Ages in versions; every token of a group counts as old as the group's oldest.
-
-    The driver sees no tokens. Where the learner reports `staleness/*` by token, its values
-    take the place of these.
-    """
-    tokens = np.array([sum(landed.parcel.info.group.lengths) for landed in batch])
-    versions = np.array([age.versions for age in ages])
-    hist = np.bincount(versions, weights=tokens, minlength=max_staleness + 1)
+def staleness_row(
+    batch: Sequence[Landed], ages: Sequence[Age], version: int, max_staleness: int
+) -> Row:
+    """Ages, in versions, of the tokens that reach the gradient of a learner at `version`."""
+    hist, in_flight = Counter[int](), 0
+    for landed, age in zip(batch, ages, strict=True):
+        floor = version - landed.bound if age.masked else -math.inf
+        for span in (span for spans in landed.parcel.info.group.spans for span in spans):
+            if span.version >= floor:
+                tokens = span.end - span.start
+                hist[version - span.version] += tokens
+                in_flight += tokens * max(0, landed.landed_version - span.version)
+    total, oldest = hist.total(), max(hist)
+    mean = sum(age * tokens for age, tokens in hist.items()) / total
     return {
         "staleness/bound": max_staleness,
-        "staleness/max": int(versions.max()),
-        "staleness/mean": float(np.average(versions, weights=tokens)),
-        "staleness/hist": [int(count) for count in hist],
-        "staleness/in_flight": float(np.average([a.in_flight for a in ages], weights=tokens)),
-        "staleness/in_buffer": float(np.average([a.in_buffer for a in ages], weights=tokens)),
+        "staleness/max": oldest,
+        "staleness/mean": mean,
+        "staleness/hist": [hist[age] for age in range(max(oldest, max_staleness) + 1)],
+        "staleness/in_flight": in_flight / total,
+        "staleness/in_buffer": mean - in_flight / total,
         "staleness/masked_tokens": sum(age.masked for age in ages),
     }
 

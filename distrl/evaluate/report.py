@@ -58,11 +58,12 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def continuations(comparison: Comparison, count: int, *, seed: int = 0) -> Table:
     """`count` prompts with a response of each policy; the seed chooses them, not their scores."""
-    table = Table(title=f"{count} prompts drawn by seed {seed}, not picked", show_lines=True)
+    pairs = drawn(comparison, count, seed=seed)
+    table = Table(title=f"{len(pairs)} prompts drawn by seed {seed}, not picked", show_lines=True)
     table.add_column("prompt", ratio=1)
     table.add_column(comparison.before.name, ratio=2)
     table.add_column(comparison.after.name, ratio=2)
-    for one, two in drawn(comparison, count, seed=seed):
+    for one, two in pairs:
         table.add_row(Text(one.prompt), _response(one), _response(two))
     return table
 

@@ -28,7 +28,7 @@ from distrl.data.tokenizer import load_tokenizer
 from distrl.generate.engine import SOCKETS, EngineSpec, sampler_seed, start_engine
 from distrl.generate.records import IncompleteOutput, to_rollout, token_logprobs
 from distrl.records import GroupInfo, Offer, Parcel, Prompt, Rollout, Weights
-from distrl.roles import CanaryMismatch, RoleError, WorkerDied
+from distrl.roles import CanaryMismatch, EngineFailed, RoleError, WorkerDied
 from distrl.sync.vllm_calls import arriving, in_memory, meeting
 
 if TYPE_CHECKING:
@@ -86,7 +86,10 @@ class VLLMGenerator:
 
     async def _launch(self) -> None:
         self._sockets.mkdir(exist_ok=True)
-        self._engine = start_engine(self.spec, self._sockets, self.sync.transport)
+        try:
+            self._engine = start_engine(self.spec, self._sockets, self.sync.transport)
+        except Exception as error:  # vLLM's own say "see above", which is in the log
+            raise EngineFailed(f"{self.name}: the engine did not start: {error}") from error
         await self._engine.update_weight_version("0")
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -88,7 +89,7 @@ def load_policy(
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load the policy in {folder}: {error}") from error
     if tokenizer is not None:
         check_vocab(model, tokenizer, folder)
@@ -151,6 +152,19 @@ def checked_folder(folder: Path | str) -> Path:
             f"it holds {there}"
         )
     return folder
+
+
+def check_weights(folder: Path) -> None:
+    """ModelError where a folder has no weights that are whole; only their headers are read."""
+    files = sorted(checked_folder(folder).glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise ModelError(f"{folder} holds no *.safetensors, so there are no weights to start from")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read: {error}; copy it again") from error
 
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -22,7 +22,7 @@ from distrl.actors.process import end_group, log_to, node_id, tail
 from distrl.actors.workers import remote
 from distrl.learn.spec import Place
 from distrl.records import GroupInfo, Prompt, Rollout, Sample, VersionSpan, Weights
-from distrl.roles import CanaryMismatch, LearnerFailed, WorkerDied
+from distrl.roles import CanaryMismatch, EngineFailed, LearnerFailed, WorkerDied
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -30,11 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 class Worker:
     """An actor with a log, and every way to go wrong."""
 
-    def __init__(self, log: Path, started: float = 0, refuse: bool = False) -> None:
+    def __init__(
+        self, log: Path, started: float = 0, refuse: bool = False, engine: bool = True
+    ) -> None:
         log_to(log)
         self.queue = log.with_suffix(".queue")
         self.sockets = log.with_suffix(".sockets")
         self.started = started
+        self.engine = engine
         self.stuck = log.with_suffix(".stuck")
         self.desk = Desk()
         if refuse:
@@ -46,6 +49,9 @@ class Worker:
 
     async def start(self) -> None:
         await asyncio.sleep(self.started)
+        if not self.engine:
+            print("ValueError: 500 GiB are more than there are", flush=True)
+            raise EngineFailed("g0: the engine did not start: see above")
 
     async def begin(self, place: Place | None) -> None:
         print(f"began at {place}", flush=True)
@@ -183,6 +189,10 @@ async def test_an_actor_that_does_not_come_up(tmp_path: Path) -> None:
     assert all(path.exists() for path in left)
     await slow.close()
     assert not any(path.exists() for path in left), "an engine that never served leaves files too"
+    without = handle(tmp_path / "without", GeneratorHandle, engine=False)
+    with pytest.raises(WorkerDied, match=r"did not start: see above(.|\n)*500 GiB are more"):
+        await without.start()
+    await without.close()
     refused = handle(tmp_path / "refused", refuse=True)
     with pytest.raises(WorkerDied) as death:
         await refused.start()

@@ -251,7 +251,7 @@ def test_without_a_tokenizer_rows_are_told_as_far_as_they_go(
     ids = twice.data.model_copy(update={"id_column": "response", "validation": str(path)})
     with pytest.raises(DataError, match=r"rows\.jsonl:2: id ' yes' is taken by"):
         check_rows(twice.model_copy(update={"data": ids}))
-    with pytest.raises(DataError, match=r"data\.prompt_words=\(3, 1\) should be two numbers"):
+    with pytest.raises(DataError, match=r"data\.prompt_words=\(3, 1\) should be the fewest and"):
         check_rows(Config.model_validate({"data": {"prompt_words": (3, 1)}}))
 
 

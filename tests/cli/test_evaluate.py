@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from distrl.actors.launch import learner_spec
 from distrl.checkpoint import CheckpointError, Checkpoints, RunDir
+from distrl.cli import main
 from distrl.cli.evaluate import candidate, plot
-from distrl.config import Config, ConfigError
+from distrl.config import Config, ConfigError, dump_yaml
 from distrl.learn.learner import PolicyLearner
 from distrl.metrics import JSONLSink
 from distrl.models.load import ModelError, load_policy
@@ -97,3 +99,21 @@ def test_a_run_that_measured_no_kl_has_no_plot_and_is_told_so(
     plot(directory, None)
     assert (tmp_path / "reward_vs_kl.png").exists()
     assert not capsys.readouterr().out
+
+
+def test_what_the_run_was_made_with_holds(
+    tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for what is said now; the folder may have moved."""
+    made = config_of(tmp_path / "before", tiny_policy, ema=0.5)
+    cooler = made.generate.model_copy(update={"temperature": 0.7})
+    made = made.model_copy(update={"generate": cooler})
+    RunDir(tmp_path / "now").create(dump_yaml(made)).close()
+    words = ["--run.root", str(tmp_path), "--run.name", "now", "--evaluate.prompts", "3"]
+    assert main(["evaluate", "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    found = Config.model_validate(yaml.safe_load(said[: said.index("What follows from it")]))
+    assert (found.run.dir, found.evaluate.prompts) == (tmp_path / "now", 3)
+    assert (found.generate.temperature, found.learn.ema) == (0.7, 0.5)
+    assert main(["evaluate", "--dry-run", *words, "--generate.temperature", "0.9"]) == 0
+    assert "temperature: 0.9" in capsys.readouterr().out

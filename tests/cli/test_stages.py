@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distrl.checkpoint import RunDirError
+from distrl.checkpoint import RunDir, RunDirError
 from distrl.cli import main
 from distrl.cli.stages import (
     claimed,
@@ -115,6 +115,19 @@ def test_changed_settings_make_them_again(
         changed = {"run": changed["run"] | {"root": str(tmp_path)}}
     both(config(tmp_path, **changed))
     assert made == again
+
+
+def test_a_stage_that_is_made_anew_says_why(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(config(tmp_path))
+    assert "made anew" not in capsys.readouterr().out
+    both(config(tmp_path, sft={"lr": 0.5}))
+    said = capsys.readouterr().out
+    assert f"SFT: made anew in {tmp_path / 'r' / 'sft'}; other settings: sft.lr (0." in said
+    assert "-> 0.5)" in said and "Reward model: made anew" in said
+    both(config(tmp_path, sft={"lr": 0.5}), fresh=True)
+    assert "made anew" in (said := capsys.readouterr().out) and "--fresh" in said
 
 
 def test_a_stage_that_was_cut_short_is_made_again(
@@ -231,3 +244,22 @@ def test_functions_are_looked_up_before_any_stage(
         assert main(["train", *run, *words, "--learn.value.start", "policy", *more]) == 2
         assert message in capsys.readouterr().err
     assert made == []
+
+
+def test_there_is_nothing_to_go_on_with(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped name does not begin a run."""
+    RunDir(tmp_path / "mine").create("{}").close()
+    assert main(["train", "--run.root", str(tmp_path), "--run.name", "nine", "--resume"]) == 1
+    said = capsys.readouterr().err
+    assert "nine holds no run to go on with" in said and "has mine." in said
+    assert not (tmp_path / "nine").exists() and made == []
+
+
+@pytest.mark.parametrize("name", [".", "..", ".hidden"])
+def test_a_run_has_a_folder_of_its_own(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--dry-run", "--run.root", str(tmp_path), "--run.name", name]) == 2
+    assert "run.name" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from distrl.driver import roll
 from distrl.driver.audit import audit
 from distrl.driver.errors import DriverError
+from distrl.roles import ScoreFailed
 from distrl.sim import FakeScorer
 
 
@@ -71,6 +72,29 @@ def test_lengths_are_no_signal(world):
 def test_they_are_trained_on_where_nobody_asked(world):
     run = world(scorers=[Graded()], steps=3).run()
     assert [group.index for group in run.learner.trained][:4] == [0, 1, 2, 3]
+
+
+class Broken(FakeScorer):
+    """Fails at every group of `from_` on."""
+
+    def __init__(self, from_: int) -> None:
+        super().__init__("s0")
+        self.from_ = from_
+
+    async def score(self, group):
+        scored = await super().score(group)
+        if group.info.index >= self.from_:
+            raise ScoreFailed("reward 'b' raised KeyError: 'meta'")
+        return scored
+
+
+@pytest.mark.parametrize("from_", [0, 9])
+def test_a_reward_that_always_fails_stops_the_run_and_says_why(world, monkeypatch, from_):
+    monkeypatch.setattr(roll, "MIN_LOST", 20)
+    monkeypatch.setattr(roll, "LOST_BATCHES", 2)
+    run = world(scorers=[Broken(from_)], steps=9)
+    with pytest.raises(DriverError, match=r"20 groups in a row were given up.*KeyError: 'meta'"):
+        run.run()
 
 
 def test_a_reward_that_has_nothing_to_say_stops_the_run(world, monkeypatch):

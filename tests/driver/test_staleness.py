@@ -72,12 +72,27 @@ def test_a_token_from_the_future_is_a_breach():
         check_ages(batch, 5, never(3))
 
 
+def test_a_token_is_as_old_as_the_version_that_sampled_it():
+    """Also in a group with older ones, and one that is masked has no age."""
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=5)]
+    row = staleness_row(batch, check_ages(batch, 6, never(2)), 6, 2)
+    assert row["staleness/hist"] == [6, 0, 2] and row["staleness/max"] == 2
+    assert (row["staleness/mean"], row["staleness/in_flight"]) == (4 / 8, 2 / 8)
+    assert row["staleness/in_buffer"] == 2 / 8
+
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=1)]
+    ages = check_ages(batch, 7, StalenessRule(bound=1, on_stale="mask"))
+    row = staleness_row(batch, ages, 7, 1)
+    assert row["staleness/hist"] == [0, 6] and row["staleness/masked_tokens"] == 2
+    assert (row["staleness/max"], row["staleness/mean"]) == (1, 1)
+
+
 def test_rows_by_hand():
     batch = [
         landed((1, 3), (0.0, 1.0), oldest=4, newest=4, version=4),
         landed((6, 6), (2.0, 5.0), oldest=6, newest=6, version=6),
     ]
-    row = staleness_row(batch, check_ages(batch, 6, never(2)), 2)
+    row = staleness_row(batch, check_ages(batch, 6, never(2)), 6, 2)
     assert row == {
         "staleness/bound": 2,
         "staleness/max": 2,

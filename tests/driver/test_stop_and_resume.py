@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from distrl.checkpoint import Checkpoints
 from distrl.disk import NotWritten
-from distrl.driver import OutOfStep, Stalled, Start
+from distrl.driver import DriverError, OutOfStep, Stalled, Start
 from distrl.sim import (
     FakeGenerator,
     FakeLearner,
@@ -244,4 +244,6 @@ def test_the_watchdog_sees_a_start_that_hangs(world):
 def test_a_run_in_which_every_group_is_dropped_stalls_and_says_why(world):
     scorers = [FakeScorer("s0", faults=Faults(rate=1.0))]
     with pytest.raises(Stalled, match="scripted failure"):
-        world(scorers=scorers, stall_timeout_s=60).run()
+        world(scorers=scorers, stall_timeout_s=10).run()
+    with pytest.raises(DriverError, match=r"100 groups in a row were given up.*scripted failure"):
+        world(scorers=[FakeScorer("s0", faults=Faults(rate=1.0))], stall_timeout_s=1000).run()

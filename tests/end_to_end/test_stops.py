@@ -63,14 +63,18 @@ def test_ctrl_c_leaves_nothing_behind(interrupted: Run) -> None:
     interrupted.assert_nothing_left(within_s=10)
 
 
-def test_ctrl_c_while_the_actors_start(begin: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+def test_a_stop_while_the_actors_start(begin: Callable[..., Run], number: signal.Signals) -> None:
     run = begin("train")
     log = run.folder / "logs" / "generator-0.log"
     # vLLM's first word from there: the engine's own process comes next. Asked of the file, as to
     # look through all processes may take, on a busy machine, longer than an engine's start.
     run.wait_until(lambda: log.exists() and "MainProcess" in log.read_text(errors="replace"))
     time.sleep(2)
-    run.interrupt(signal.SIGINT)
+    if number == signal.SIGINT:
+        run.interrupt(number)
+    else:  # which a service manager sends to the first process alone
+        run.process.send_signal(number)
     assert run.end(60) == 130, run.output
     assert "distrl train: interrupted" in run.output
     run.assert_quiet()

@@ -15,7 +15,7 @@ from distrl.data.tokenizer import train_tokenizer
 from distrl.disk import NotWritten
 from distrl.models import load_policy, new_llama, save_policy
 from distrl.models.folder import replacing
-from distrl.models.load import ModelError
+from distrl.models.load import ModelError, check_weights
 
 SMALL = ModelConfig(hidden=64, layers=2, heads=2, vocab=300, context=32)
 
@@ -87,6 +87,20 @@ def test_errors_name_the_folder_and_what_is_missing(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot load the policy"):
         load_policy(tmp_path)
+
+
+def test_weights_that_are_not_whole_are_told_before_and_at_loading(tmp_path, tokenizer):
+    save_policy(new_llama(SMALL, tokenizer, 0), tokenizer, tmp_path / "policy")
+    check_weights(tmp_path / "policy")
+    path = tmp_path / "policy" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read.*copy it again"):
+        check_weights(tmp_path / "policy")
+    with pytest.raises(ModelError, match="cannot load the policy"):
+        load_policy(tmp_path / "policy")
+    path.unlink()
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
+        check_weights(tmp_path / "policy")
 
 
 def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path, tokenizer):
