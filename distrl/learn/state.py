@@ -32,15 +32,16 @@ class StateMismatch(ValueError):
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, ranks: Ranks = ALONE, **meta: str
+    tensors: Mapping[str, Tensor], path: Path, ranks: Ranks = ALONE, **more: int
 ) -> None:
-    """This rank's part of `tensors`, and what `meta` says of them."""
+    """This rank's part of `tensors`, and what `more` says of them."""
     parts = {name: _part(tensor) for name, tensor in tensors.items()}
     firsts = {name: first for name, (first, _) in parts.items() if first}
     save_file(
         {name: rows.cpu().contiguous() for name, (_, rows) in parts.items()},
         _file(path, ranks),
-        {"first_rows": json.dumps(firsts), **meta},
+        # One entry: safetensors writes several in an order of its own, another each time.
+        {"layout": json.dumps({"first_rows": firsts, **more})},
     )
 
 
@@ -68,7 +69,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, ranks: Ranks = 
     """The moments and step counts; hyperparameters come from the configuration."""
     state = optimizer.state_dict()["state"]
     tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
-    save_tensors(tensors, path, ranks, weights=str(len(_weights(optimizer))))
+    save_tensors(tensors, path, ranks, weights=len(_weights(optimizer)))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -109,9 +110,9 @@ class _Saved:
     def __enter__(self) -> _Saved:
         for file in _files(self._path):
             opened = self._stack.enter_context(safe_open(file, framework="pt"))
-            meta = opened.metadata() or {}
-            self._files.append((opened, json.loads(meta.get("first_rows", "{}"))))
-            self.weights = int(meta["weights"]) if "weights" in meta else None
+            layout = json.loads((opened.metadata() or {}).get("layout", "{}"))
+            self._files.append((opened, layout.get("first_rows", {})))
+            self.weights = layout.get("weights")
         return self
 
     def __exit__(self, *error: object) -> None:

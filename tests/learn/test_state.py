@@ -81,6 +81,14 @@ def test_an_optimizer_that_never_stepped_comes_back_so(tmp_path):
     assert fresh.state_dict()["state"] == {}
 
 
+def test_the_same_state_is_the_same_file(tmp_path):
+    torch.manual_seed(0)
+    optimizer = stepped(Tied())
+    for turn in range(8):
+        save_optimizer(optimizer, tmp_path / f"{turn}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_weight_that_no_gradient_reaches_is_no_hindrance(tmp_path):
     """As a vision tower's is where text alone is read."""
     tied = Tied()
