@@ -19,7 +19,7 @@ from pydantic_settings import (
 )
 
 from distrl.checkpoint import RunDir
-from distrl.cli.help import HONOURED, RUN_FLAGS, did_you_mean, print_help
+from distrl.cli.help import HONOURED, RUN_FLAGS, did_you_mean, print_help, settings
 from distrl.config import Config, ConfigError, preset_path, read_yaml
 
 
@@ -94,13 +94,33 @@ def _check_honoured(command: str, flags: dict[str, Any]) -> None:
             )
 
 
+def _as_flags(argv: list[str]) -> list[str]:
+    """`--flag true` and `--flag=false`, as messages have it, as the flags that they stand for."""
+    flags = {f"--{name}" for name, field in settings() if field.annotation is bool}
+    out: list[str] = []
+    for word in (part for given in argv for part in _parted(given, flags)):
+        if out and out[-1] in flags and word.lower() in ("true", "false"):
+            out[-1] = out[-1] if word.lower() == "true" else f"--no-{out[-1].removeprefix('--')}"
+        else:
+            out.append(word)
+    return out
+
+
+def _parted(word: str, flags: set[str]) -> list[str]:
+    name, equals, value = word.partition("=")
+    return [name, value] if equals and name in flags else [word]
+
+
 def _given(argv: list[str]) -> dict[str, Any]:
     """What stands on the command line, by section. Raises ConfigError for words it cannot read."""
     source = CliSettingsSource[Any](CommandLine, cli_exit_on_error=False)
     try:
-        return dict(source(args=argv)())
+        return dict(source(args=_as_flags(argv))())
     except SettingsError as error:
         trouble = str(error).removeprefix("error parsing CLI: ")
+        if isinstance(error.__cause__, ValueError):
+            words = ", ".join(word for word in argv if word.startswith(("[", "{")))
+            raise ConfigError(f"{words}: this is no JSON ({error.__cause__})") from None
         unknown = [word for word in trouble.split() if word.startswith("--")]
         if not trouble.startswith("unrecognized arguments") or not unknown:
             raise ConfigError(f"{trouble}; {EXPLAINED}") from None

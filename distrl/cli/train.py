@@ -121,7 +121,8 @@ def report(config: Config, summary: Summary) -> int:
         return STOPPED
     print(
         f"PPO: {summary.step} steps, {summary.samples:,} samples, {summary.tokens:,} tokens, "
-        f"{summary.seconds:.0f} s; policy: {where / 'policy'}",
+        + f"{summary.steps} of the steps now: " * (summary.steps != summary.step)
+        + f"{summary.seconds:.0f} s; policy: {where / 'policy'}",
         flush=True,
     )
     return 0

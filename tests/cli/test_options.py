@@ -44,6 +44,21 @@ def test_the_default_preset_is_left_out_where_a_file_is_given(recipe: Path) -> N
     assert given.model.path is None
 
 
+@pytest.mark.parametrize("words", ["--metrics.wandb false", "--metrics.wandb=False"])
+def test_a_flag_may_be_said_as_messages_say_it(words: str) -> None:
+    assert not options(*words.split()).config.metrics.wandb
+    said = options(*words.split(), "--data.chat", "true", "--learn.compile=true").config
+    assert said.data.chat and said.learn.compile and not said.metrics.wandb
+    assert options("--learn.record", "false", "--learn.compile").config.learn.record is False
+
+
+def test_what_is_no_json_is_shown() -> None:
+    with pytest.raises(ConfigError, match=r'^\["q_proj": this is no JSON \('):
+        options("--learn.lora.targets", '["q_proj"')
+    with pytest.raises(ConfigError, match=r"^\[\{name: short\}\]: this is no JSON \("):
+        options("--score.parts", "[{name: short}]")
+
+
 def test_values_of_every_kind() -> None:
     config = options(
         *("--data.prompt_words", "1,3"),
