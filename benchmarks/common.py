@@ -72,6 +72,7 @@ def train_on(
     if note.exists() and json.loads(note.read_text()) == words:
         print(f"{run} is there: not run again", flush=True)
         return run
+    note.unlink(missing_ok=True)  # or it would speak for a run that is cut short now
     distrl(*words, "--run.name", run.name)
     note.write_text(json.dumps(words))
     return run
@@ -109,9 +110,14 @@ def plot_rewards(
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for place, (name, seeds) in enumerate(runs.items()):
-        samples = [row["samples/total"] for row in seeds[0]]
+        longest = max(seeds, key=len)
+        samples = [row["samples/total"] for row in longest]
         style = "-" if place < COLOURS else "--"
-        steps = [[reward(row) for row in step] for step in zip(*seeds, strict=True)]
+        # A seed that ended early, as one that collapsed does, stays where it was.
+        steps = [
+            [reward(rows[min(step, len(rows) - 1)]) for rows in seeds]
+            for step in range(len(longest))
+        ]
         (line,) = axes.plot(samples, list(map(statistics.fmean, steps)), style, label=name)
         band = list(map(min, steps)), list(map(max, steps))
         axes.fill_between(samples, *band, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -293,7 +293,7 @@ class _Bare:
         tokens = int((make_batch(learner.version).lengths_B - 1).sum())
         width = SMALL.prompt + (SMALL.shortest + SMALL.longest) // 2 - 1
         rows = round(tokens / width)
-        self.batches = torch.randint(3, 2000, (rows, width)).split(rows // 2)
+        self.batches = torch.randint(3, 2000, (rows, width)).split(-(-rows // 2))
         self.optimizers = [optimizer_for(part, learner.config) for part in self.networks.trained]
 
     def __call__(self) -> None:

@@ -77,14 +77,14 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
     crew = Crew.of_cores(CORES)
     publisher, another = SharedMemoryPublisher(CORES), SharedMemoryPublisher(CORES)
     nbytes = 0
-    copies = [parameter.detach().clone() for parameter in model.parameters()]
+    copies = [tensor.clone() for tensor in model.state_dict().values()]
     names = ("copy", "write", "publish", "transfer", "canary")
     times: dict[str, list[float]] = {name: [] for name in names}
     try:
         for version in range(1, rounds + 1 + KEPT_VERSIONS):
             began = time.perf_counter()
-            for copy, parameter in zip(copies, model.parameters(), strict=True):
-                copy.copy_(parameter.detach())
+            for copy, tensor in zip(copies, model.state_dict().values(), strict=True):
+                copy.copy_(tensor)
             copied = time.perf_counter()
             another.publish(model.state_dict(), version)
             written = time.perf_counter()

@@ -183,7 +183,13 @@ class RunDir:
                 f"{self.path} has progress but no config.yaml to compare with; put the "
                 "run's own one back, or delete the progress by --fresh"
             )
-        there = flat(yaml.safe_load(self.config.read_text()))
+        try:
+            there = flat(yaml.safe_load(self.config.read_text()))
+        except (yaml.YAMLError, AttributeError):
+            raise RunDirError(
+                f"{self.config} is damaged; put the run's own one back, or delete the progress by "
+                "--fresh"
+            ) from None
         given = flat(yaml.safe_load(config_yaml))
         changed = [
             f"  {key}: {there.get(key, '(absent)')} -> {given.get(key, '(absent)')}"

@@ -67,21 +67,36 @@ def parse(
     if {"-h", "--help"} & set(argv):
         print_help(command, about)
         raise SystemExit(0)
+    values, flags = _values(argv, default_preset, beneath or {})
+    _check_honoured(command, flags)
+    return Options(
+        config=validated(values),
+        dry_run=bool(flags["dry_run"]),
+        resume=bool(flags["resume"]),
+        fresh=bool(flags["fresh"]),
+    )
+
+
+def run_dir_of(argv: list[str]) -> Path:
+    """The run directory that a command line names; the rest of it may be wrong as it stands, and
+    right over what that run was made with."""
+    values, _ = _values(argv, None, {})
+    return validated({"run": values.get("run", {})}).run.dir
+
+
+def _values(
+    argv: list[str], default_preset: str | None, beneath: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of all sources, and the flags."""
     given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
-    _check_honoured(command, flags)
-    values: dict[str, Any] = dict(beneath or {})
+    values = dict(beneath)
     preset = flags["preset"] or (default_preset if flags["config"] is None else None)
     if preset:
         values = merged(values, read_yaml(preset_path(preset)))
     if flags["config"]:
         values = merged(values, read_yaml(Path(flags["config"])))
-    return Options(
-        config=validated(merged(values, given)),
-        dry_run=bool(flags["dry_run"]),
-        resume=bool(flags["resume"]),
-        fresh=bool(flags["fresh"]),
-    )
+    return merged(values, given), flags
 
 
 def _check_honoured(command: str, flags: dict[str, Any]) -> None:

@@ -97,8 +97,9 @@ PROCESS_BYTES = 0.6 * GIB
 def _memory_bytes(config: Config, role: str) -> float:
     """Weights in float32, plus gradients and two Adam moments where there is an optimizer."""
     weights, learn = 4 * parameters(config), config.learn
-    copies = 1.0 if learn.lora.rank else 4.0
-    copies += 4 * (learn.has_critic and learn.value.trunk == "separate")
+    trained = 4.0 if learn.adam_bits == 32 else 2.5
+    copies = 1.0 if learn.lora.rank else trained + (learn.ema is not None)
+    copies += trained * (learn.has_critic and learn.value.trunk == "separate")
     copies += learn.kl.used and not learn.lora.rank  # the reference
     loading = weights if learn.ranks > 1 else 0  # a rank reads a model whole, and keeps its part
     needed = {
@@ -113,7 +114,9 @@ def parameters(config: Config) -> int:
     """Parameters of the policy: counted in its checkpoint, or from the sizes of a new one."""
     folder = resolve_model(config.model.path)
     if folder is not None:
-        return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
+        from distrl.models.load import numbers_in
+
+        return numbers_in(folder)
     model = config.model
     wide = -(-model.hidden * 8 // (3 * 64)) * 64
     layer = 4 * model.hidden**2 + 3 * model.hidden * wide + 2 * model.hidden

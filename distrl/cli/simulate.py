@@ -18,7 +18,7 @@ from rich.table import Table
 
 from distrl.checkpoint import RunDir
 from distrl.cli.help import print_help
-from distrl.cli.options import merged, parse, validated
+from distrl.cli.options import Options, merged, parse, validated
 from distrl.config import Config, ConfigError, read_yaml
 from distrl.disk import writing
 from distrl.driver.audit import Audit, audit
@@ -54,8 +54,9 @@ def run(about: str, argv: list[str]) -> int:
         print_help("simulate", about)
         raise SystemExit(0)
     own, rest = _own_options().parse_known_args(argv)
-    base = _config(own.source, rest)
-    if parse("simulate", about, rest).dry_run:
+    options = _options(own.source, about, rest)
+    base = options.config.model_dump(mode="json")
+    if options.dry_run:
         print(yaml.safe_dump(base, sort_keys=False))
         return 0
     points = list(_points(own.sweep))
@@ -78,18 +79,17 @@ def _own_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(source: Path | None, argv: list[str]) -> dict[str, Any]:
+def _options(source: Path | None, about: str, argv: list[str]) -> Options:
     """Defaults, then the run's own configuration with its durations, then the command line."""
     if source is None:
-        return parse("simulate", "", argv).config.model_dump(mode="json")
+        return parse("simulate", about, argv)
     directory = RunDir(source)
     if not directory.config.exists():
         raise ConfigError(f"{source} has no config.yaml; --from takes a run directory")
     theirs = validated(read_yaml(directory.config))
     model = fitted(directory.ledger, directory.metrics, theirs.simulate)
     values = theirs.model_dump(mode="json") | {"simulate": model.model_dump(mode="json")}
-    given = parse("simulate", "", argv, beneath=values)
-    return given.config.model_dump(mode="json")
+    return parse("simulate", about, argv, beneath=values)
 
 
 def _points(sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:

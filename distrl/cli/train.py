@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Coroutine, Sequence
@@ -147,6 +148,8 @@ def train(options: Options, directory: RunDir) -> Summary:
     checkpoints.check_space()
     newest = checkpoints.latest() if options.resume else None
     rewind_run(directory.path, newest.step if newest else 0)
+    if newest is None:  # of a life before the first checkpoint
+        shutil.rmtree(directory.recording, ignore_errors=True)
     if newest is not None:
         print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
     with contextlib.closing(open_ledger(config, directory, newest)) as ledger, connected(config):
@@ -176,6 +179,7 @@ def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) ->
         directory.ledger,
         step=newest.step if newest else 0,
         cursor=newest.state["cursor"] if newest else 0,
+        ahead=newest.state.get("ahead", ()) if newest else (),
         run_id=newest.state.get("ledger") if newest else None,
     )
     return FileLedger(file, time.monotonic, offset_s=time.time() - time.monotonic())
@@ -292,8 +296,9 @@ async def _until_signal(driver: Driver) -> Summary:
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        loop.remove_signal_handler(signal.SIGINT)
+        if (whole := asyncio.current_task()) is not None:  # the policy is still to be written
+            loop.add_signal_handler(signal.SIGTERM, whole.cancel)
 
 
 def _sink(config: Config, directory: RunDir, start: Start, wandb_id: str) -> Sink:

@@ -252,7 +252,7 @@ class PretrainConfig(Section):
     source: str | None = Field(
         default=None,
         description="a .jsonl, .parquet or Hugging Face dataset folder with plain text in "
-        "data.response_column, a tenth of it held out by hash; empty: the SFT examples",
+        "data.response_column, a fifth of it held out by hash; empty: the SFT examples",
     )
     sequences: int = Field(
         default=8, ge=1, description="texts of each optimizer step, in order and round"

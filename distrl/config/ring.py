@@ -37,9 +37,7 @@ class GenerateConfig(Section):
         description="CPU: compile the engine's passes (on a GPU they always are): a tenth faster, "
         "and ten seconds more at the start; needs a C++ compiler",
     )
-    max_model_len: int | None = Field(
-        default=None, ge=8, description="empty: prompt + response, rounded up"
-    )
+    max_model_len: int | None = Field(default=None, ge=8, description="empty: prompt + response")
     start_timeout_s: float = Field(
         default=300, gt=0, description="deadline for an actor to come up"
     )

@@ -239,8 +239,7 @@ def _split_key(data: DataConfig, row: _FileRow) -> str:
     """What decides the split: the id, else the prompt, else all that the row has."""
     if data.id_column is not None:
         return row.row_id
-    name = data.prompt_column
-    key = column(row.columns, name, row.where) if name else row.columns
+    key = _prompt(data, row) if data.prompt_column else row.columns
     return key if isinstance(key, str) else json.dumps(key, sort_keys=True, default=str)
 
 

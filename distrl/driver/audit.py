@@ -19,6 +19,7 @@ import numpy as np
 
 from distrl.driver.ledger import spans_of
 from distrl.driver.ledger_file import LedgerError, open_to_read, read_meta
+from distrl.metrics.jsonl import whole_lines
 
 SAME_LENGTHS_P = 0.001
 """Smaller chances than this of seeing such lengths, were those trained drawn from those issued,
@@ -243,7 +244,7 @@ def _steps_logged(metrics: Path) -> tuple[list[int], list[str]]:
     if not metrics.exists():
         return [], [f"there is no {metrics.name}"]
     steps, wrong = [], []
-    for number, line in enumerate(metrics.read_text().splitlines(), start=1):
+    for number, line in enumerate(whole_lines(metrics), start=1):
         try:
             steps.append(int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError):

@@ -154,6 +154,8 @@ class Fleet(Generic[R]):
     def condemn(self, worker: Worker[R], cause: RoleError) -> None:
         """Take a worker out of service, abandon its calls, and start its recovery."""
         if worker.state != "up":
+            if worker.state == "retired":  # it has left, and is not to come back
+                self.abandon(worker, cause)
             return
         worker.state = "recovering"
         self._note(worker.role.name, "lost", str(cause))

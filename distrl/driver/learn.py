@@ -193,6 +193,8 @@ class LearnLoop:
         return max(landed.bound for landed in batch)
 
     def _move_bound(self, report: StepReport) -> None:
+        if report.skipped:  # its samples may have given no number at all
+            return
         cause = self.control.update(report.metrics.get("ppo/ess", 1.0))
         if cause is not None:
             self.rule.bound = self.control.bound

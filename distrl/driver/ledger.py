@@ -156,7 +156,12 @@ class FileLedger(Ledger):
     async def flush(self) -> None:
         """Raises LedgerError."""
         async with self._writing:
-            await asyncio.to_thread(self._write, *self._gather())
+            writing = asyncio.ensure_future(asyncio.to_thread(self._write, *self._gather()))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait({writing})  # the file is its thread's until that is done
+                raise
 
     async def keep(self) -> None:
         while True:

@@ -200,6 +200,7 @@ class Roller:
                 raise
             self._drop(ticket, STALE, STALE)
         else:
+            self.lost_in_a_row = 0
             if self.rule.dooms_group(scored.info.group, self.progress.version):
                 self._drop(ticket, STALE, STALE)
             elif self.skip_without_signal and self._is_silent(scored.info):
@@ -282,7 +283,6 @@ class Roller:
         now = self.clock()
         del self.tickets[ticket.prompt.index]
         self.progress.moved_s = now
-        self.lost_in_a_row = 0
         self.landed_tokens += sum(scored.info.group.lengths)
         self.landed_samples += len(scored.info.group.lengths)
         self.buffer.put(

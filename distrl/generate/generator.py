@@ -121,6 +121,7 @@ class VLLMGenerator:
             async with asyncio.timeout(self.spec.config.request_timeout_s):
                 collector = await self._enqueue(prompt)
                 output = await self._finished(collector)
+            return to_rollout(output, prompt, self.name, self._decode)
         except TimeoutError:
             raise RoleError(
                 f"{self.name}: prompt {prompt.prompt_id!r} took longer than "
@@ -128,7 +129,6 @@ class VLLMGenerator:
             ) from None
         except IncompleteOutput as error:
             raise RoleError(f"{self.name}: {error}") from error
-        return to_rollout(output, prompt, self.name, self._decode)
 
     async def _enqueue(self, prompt: Prompt) -> RequestOutputCollector:
         gate = self._gate

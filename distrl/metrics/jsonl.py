@@ -75,7 +75,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Empty where there is no file. Raises MetricsError, with the line, where it is damaged.
     """
     rows = []
-    for number, line in enumerate(_whole_lines(path), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -111,7 +111,7 @@ def rewind_run(folder: Path, last_step: int) -> int:
     return rewind(folder / "metrics.jsonl", last_step)
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def whole_lines(path: Path) -> list[bytes]:
     """The lines that end in a newline: a line without one was cut by a crash."""
     data = path.read_bytes() if path.exists() else b""
     return data.split(b"\n")[:-1]

@@ -43,7 +43,7 @@ METRICS: dict[str, str] = {
     "rollout/tokens_per_second": "response tokens generated a second of wall-clock",
     "rollout/length_mean": "mean length of the step's responses (tokens)",
     "rollout/truncated_fraction": "share of responses that were cut by length (0..1)",
-    "buffer/groups": "scored groups that wait for the learner when the step starts",
+    "buffer/groups": "scored groups that wait for the learner when its step is over",
     "buffer/mib": "memory of the scored groups that wait for the learner (MiB)",
     "driver/lead": "batches that were admitted ahead of the one that is trained",
     "driver/in_flight": "groups that are being generated or scored",

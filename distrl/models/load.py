@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -165,6 +166,15 @@ def check_weights(folder: Path) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read: {error}; copy it again") from error
+
+
+def numbers_in(folder: Path) -> int:
+    """Numbers in a folder's weights, of whatever precision; only their headers are read."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

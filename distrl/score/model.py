@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -71,14 +72,29 @@ class ModelReward:
 
     def scores(self, rollouts: Sequence[Rollout]) -> list[list[float] | ScoreFailed]:
         """For each group a score a sample, or why there is none. All samples of all groups
-        share forward passes; a failing pass fails every group in the call."""
+        share forward passes; a failing pass fails every group in the call, and a sequence beyond
+        the model's context fails its own."""
+        sequences = [self._sequences(rollout) for rollout in rollouts]
+        fits = [self._fit(those) for those in sequences]
+        read = [ids for those, fit in zip(sequences, fits, strict=True) if fit for ids in those]
         try:
-            values = self.score_ids([ids for r in rollouts for ids in self._sequences(r)])
+            rest = iter(self.score_ids(read).tolist())
         except (RuntimeError, ValueError, IndexError) as error:
             cause = f"reward {self.name!r}: {type(error).__name__}: {error}"
             return [ScoreFailed(cause) for _ in rollouts]
-        rest = iter(values.tolist())
-        return [self._checked(r, list(islice(rest, len(r.samples)))) for r in rollouts]
+        return [
+            self._checked(rollout, list(islice(rest, len(rollout.samples))))
+            if fit
+            else ScoreFailed(
+                f"reward {self.name!r} reads 1 to {self.model.context} tokens, and a sample of "
+                f"prompt {rollout.prompt.prompt_id!r} has more; shorten generate.max_new_tokens or "
+                "data.max_prompt_tokens"
+            )
+            for rollout, fit in zip(rollouts, fits, strict=True)
+        ]
+
+    def _fit(self, sequences: Sequence[Int32s]) -> bool:
+        return max(map(len, sequences)) <= (self.model.context or math.inf)
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Int32s]) -> Float32s:
@@ -118,7 +134,8 @@ class ModelReward:
     def _sequences(self, rollout: Rollout) -> list[Int32s]:
         prompt = rollout.prompt
         if self.re_encodes:
-            source = prompt.meta.get("messages", prompt.text)
+            chat = prompt.meta.get("messages")  # a row's own column of that name would be a list
+            source = chat if isinstance(chat, tuple) else prompt.text
             return [self._encode(source, sample.text) for sample in rollout.samples]
         return [np.concatenate([prompt.token_ids, s.token_ids]) for s in rollout.samples]
 

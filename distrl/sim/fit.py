@@ -77,7 +77,8 @@ def fitted(ledger: Path, metrics: Path, model: SimulateConfig) -> SimulateConfig
 def _steps(metrics: Path) -> list[dict[str, Any]]:
     if not metrics.exists():
         raise NoTimings(f"there is no {metrics}; is this a run directory?")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()][WARM_UP:]
+    whole = metrics.read_text().rpartition("\n")[0]  # of a run that was killed
+    rows = [json.loads(line) for line in whole.splitlines()][WARM_UP:]
     if not rows or "time/learn" not in rows[0]:
         raise NoTimings(f"{metrics} has no times of steps after the first {WARM_UP}")
     if "time/publish" not in rows[0]:

@@ -21,7 +21,7 @@ from distrl.roles import RoleError
 from distrl.sim.engine import Engine, Pace
 from distrl.sim.fakes import FakeGroup, parcel_of, weights_of
 from distrl.sim.process import Process, resolve
-from distrl.sim.script import Faults, Seconds, error_of
+from distrl.sim.script import Faults, error_of
 
 Lengths = Callable[[int], Sequence[int]]
 """From a prompt's index to the tokens of each of its samples."""
@@ -141,19 +141,27 @@ class _Request:
 
 
 class SimScorer:
-    """A scorer that takes all that waits in one forward pass: base + tokens · seconds a token.
+    """A scorer that takes all that waits in one forward pass: jitter · (base + tokens · seconds a
+    token).
 
     Attributes:
         busy_s: seconds in which it scored something.
     """
 
     def __init__(
-        self, name: str, *, base_s: Seconds, token_s: float, restart_s: float, faults: Faults
+        self,
+        name: str,
+        *,
+        base_s: float,
+        token_s: float,
+        restart_s: float,
+        faults: Faults,
+        jitter: Callable[[], float],
     ) -> None:
         self.name = name
         self.busy_s = 0.0
         self._base_s, self._token_s, self._restart_s = base_s, token_s, restart_s
-        self._faults = faults
+        self._faults, self._jitter = faults, jitter
         self._process = Process(name)
         self._waiting: list[_Request] = []
         self._batch: list[_Request] = []
@@ -183,7 +191,7 @@ class SimScorer:
     def _pass(self) -> None:
         self._batch, self._waiting = self._waiting, []
         tokens = sum(request.tokens for request in self._batch)
-        seconds = self._base_s() + self._token_s * tokens
+        seconds = self._jitter() * (self._base_s + self._token_s * tokens)
         self.busy_s += seconds
         asyncio.get_running_loop().call_later(seconds, self._passed, self._process)
 
@@ -206,18 +214,22 @@ class SimScorer:
 
 
 class SimLearner:
-    """A learner that takes base + tokens · seconds a token, and looks at every token's age.
+    """A learner that takes jitter · (base + tokens · seconds a token), and looks at every token's
+    age.
 
     Attributes:
-        busy_s: seconds in which it learned.
+        busy_s: seconds in which it learned or published.
         ages: tokens trained on, by age in versions.
     """
 
-    def __init__(self, *, base_s: Seconds, token_s: float, publish_s: float) -> None:
+    def __init__(
+        self, *, base_s: float, token_s: float, publish_s: float, jitter: Callable[[], float]
+    ) -> None:
         self.busy_s = 0.0
         self.ages: Counter[int] = Counter()
         self.step = self.version = 0
         self._base_s, self._token_s, self._publish_s = base_s, token_s, publish_s
+        self._jitter = jitter
 
     async def learn(self, payloads: Sequence[FakeGroup], *, oldest: int = 0) -> StepReport:
         tokens = 0
@@ -227,7 +239,7 @@ class SimLearner:
                 for span in spans:
                     if span.version >= oldest:
                         self.ages[self.version - span.version] += span.end - span.start
-        seconds = self._base_s() + self._token_s * tokens
+        seconds = self._jitter() * (self._base_s + self._token_s * tokens)
         self.busy_s += seconds
         await asyncio.sleep(seconds)
         self.step += 1
@@ -235,6 +247,7 @@ class SimLearner:
         return StepReport(step=self.step, version=self.version, skipped=False, metrics={})
 
     async def publish(self) -> Weights:
+        self.busy_s += self._publish_s
         await asyncio.sleep(self._publish_s)
         return weights_of(self.version)
 
@@ -257,10 +270,10 @@ class NoCheckpoints:
         return Path()
 
 
-def jittered(seconds: float, sigma: float, seed: int) -> Seconds:
-    """Log-normal around a mean of `seconds`; always `seconds` where sigma is 0."""
-    if not sigma or not seconds:
-        return lambda: seconds
+def jittered(sigma: float, seed: int) -> Callable[[], float]:
+    """Log-normal factors around a mean of 1; always 1 where sigma is 0."""
+    if not sigma:
+        return lambda: 1.0
     draw = random.Random(seed)
     mean = -sigma * sigma / 2
-    return lambda: seconds * draw.lognormvariate(mean, sigma)
+    return lambda: draw.lognormvariate(mean, sigma)

@@ -90,7 +90,10 @@ class _Simulation:
         pool = model.lengths or log_normal_lengths(
             model.length_median, model.length_sigma, config.generate.max_new_tokens, model.seed
         )
-        self._lengths = drawn_lengths(pool, config.generate.samples_per_prompt)
+        longest = config.generate.max_new_tokens
+        self._lengths = drawn_lengths(
+            [min(length, longest) for length in pool], config.generate.samples_per_prompt
+        )
 
     async def run(self) -> Outcome:
         config, clock = self._config, asyncio.get_running_loop().time
@@ -98,7 +101,8 @@ class _Simulation:
         generators = [self._generator(i) for i in range(config.generate.workers)]
         scorers = [self._scorer(i) for i in range(config.score.workers)]
         learner = SimLearner(
-            base_s=jittered(model.learn_s, model.jitter, model.seed + 1),
+            base_s=model.learn_s,
+            jitter=jittered(model.jitter, model.seed + 1),
             token_s=model.learn_token_s,
             publish_s=model.publish_s,
         )
@@ -108,7 +112,8 @@ class _Simulation:
             await asyncio.sleep(model.other_s)
 
         driver = Driver(
-            config.driver,
+            # All rewards are 0 here: none of them would be a signal.
+            config.driver.model_copy(update={"skip_without_signal": False}),
             source=CountingSource(),
             generators=generators,
             scorers=scorers,
@@ -151,7 +156,8 @@ class _Simulation:
         model = self._config.simulate
         return SimScorer(
             f"scorer-{place}",
-            base_s=jittered(model.score_s, model.jitter, model.seed + 1000 + place),
+            base_s=model.score_s,
+            jitter=jittered(model.jitter, model.seed + 1000 + place),
             token_s=model.score_token_s,
             restart_s=model.restart_s,
             faults=Faults(),

@@ -107,7 +107,8 @@ def test_what_the_run_was_made_with_holds(
     """But for what is said now; the folder may have moved."""
     made = config_of(tmp_path / "before", tiny_policy, ema=0.5)
     cooler = made.generate.model_copy(update={"temperature": 0.7})
-    made = made.model_copy(update={"generate": cooler})
+    looser = made.driver.model_copy(update={"max_staleness": 4})
+    made = made.model_copy(update={"generate": cooler, "driver": looser})
     RunDir(tmp_path / "now").create(dump_yaml(made)).close()
     words = ["--run.root", str(tmp_path), "--run.name", "now", "--evaluate.prompts", "3"]
     assert main(["evaluate", "--dry-run", *words]) == 0
@@ -117,3 +118,5 @@ def test_what_the_run_was_made_with_holds(
     assert (found.generate.temperature, found.learn.ema) == (0.7, 0.5)
     assert main(["evaluate", "--dry-run", *words, "--generate.temperature", "0.9"]) == 0
     assert "temperature: 0.9" in capsys.readouterr().out
+    wide = "--driver.window", "64"  # which the defaults, without that bound, would refuse
+    assert main(["evaluate", "--dry-run", *words, *wide]) == 0

@@ -135,6 +135,17 @@ def test_file_splits_are_by_prompt_and_complete(write_rows) -> None:
     assert len(splits[1]) > 15
 
 
+def test_the_same_chat_is_in_one_split_however_it_is_written(write_rows) -> None:
+    rows = []
+    for i, row in enumerate(numbered(200)):
+        turn = {"role": "user", "content": row["prompt"], "id": i}
+        rows += [row, row | {"prompt": [turn]}, row | {"prompt": [turn | {"id": -i}]}]
+    path = write_rows(*rows)
+    splits = [load_demonstrations(config(path, chat=True), split) for split in SPLITS]
+    prompts = [{repr(row.prompt) for row in split} for split in splits]
+    assert sum(map(len, splits)) == 600 and sum(map(len, prompts)) == 200
+
+
 def test_file_splits_by_id_column(write_rows) -> None:
     path = write_rows(*({"id": i // 2, **row} for i, row in enumerate(numbered(200))))
     splits = [load_demonstrations(config(path, id_column="id"), split) for split in SPLITS]

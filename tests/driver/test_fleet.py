@@ -51,6 +51,28 @@ def fleet(*roles, max_restarts=3, tries=3):
     return Fleet("echo", roles, max_restarts=max_restarts, tries=tries, spawn=spawn)
 
 
+def test_who_has_left_and_dies_gives_up_what_it_had_in_flight():
+    """A frozen process would keep it for ever."""
+
+    async def main():
+        gone, other = Echo("gone"), Echo("other")
+        some = fleet(gone, other)
+
+        async def work(role):
+            if role is gone:
+                await asyncio.Event().wait()
+            return role.name
+
+        asking = asyncio.create_task(some.do(work, witness=Nobody(), first=some.workers[0]))
+        await asyncio.sleep(1)
+        some.leave("gone")
+        some.condemn(some.workers[0], WorkerDied("neither loaded nor given up"))
+        assert await asyncio.wait_for(asking, 10) == "other"
+        assert gone.restarts == 0, "it is not to come back"
+
+    run_virtual(main())
+
+
 def test_the_late_news_of_a_death_does_not_condemn_the_new_process():
     """A call that was abandoned may take its time to fail; by then the worker is another one."""
 

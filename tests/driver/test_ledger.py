@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sqlite3
@@ -11,8 +12,8 @@ import pytest
 
 from distrl.driver import Start
 from distrl.driver.audit import audit
-from distrl.driver.ledger import spans_of, spans_text
-from distrl.driver.ledger_file import Fenced, LedgerError, LedgerFile, open_to_read
+from distrl.driver.ledger import FileLedger, spans_of, spans_text
+from distrl.driver.ledger_file import Fenced, LedgerError, LedgerFile, _Transaction, open_to_read
 from distrl.records import VersionSpan
 from distrl.roles import LearnerFailed
 from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, log_normal
@@ -207,6 +208,32 @@ def test_a_ledger_from_another_run_is_refused(tmp_path):
         LedgerFile(tmp_path / "b", run_id=mine)
     with pytest.raises(LedgerError, match="is of another run"):
         audit(tmp_path / "b", tmp_path / "metrics.jsonl", run_id=mine)
+
+
+def test_a_flush_that_is_cancelled_is_waited_for(tmp_path, monkeypatch):
+    """Its thread goes on writing; who writes next may not meet it in the file."""
+    ledger = FileLedger(LedgerFile(tmp_path / "ledger.sqlite"), time.monotonic)
+    write = ledger._write
+
+    def slowly(*rows):
+        with _Transaction(ledger._file._db):
+            time.sleep(0.2)
+        write(*rows)
+
+    async def end_of_a_run():
+        ledger.event("driver", "began")
+        flushing = asyncio.ensure_future(ledger.flush())
+        await asyncio.sleep(0.05)
+        flushing.cancel()
+        await ledger.flush()
+        await asyncio.wait({flushing})
+        assert flushing.cancelled()
+
+    monkeypatch.setattr(ledger, "_write", slowly)
+    asyncio.run(end_of_a_run())
+    monkeypatch.undo()
+    ledger.close()
+    assert query(tmp_path / "ledger.sqlite", "SELECT what FROM events") == [("began",)]
 
 
 def test_spans_survive_as_text():

@@ -97,6 +97,25 @@ def test_a_reward_that_always_fails_stops_the_run_and_says_why(world, monkeypatc
         run.run()
 
 
+class BrokenOrSilent(Graded):
+    """Fails at every second group, and the others are equal."""
+
+    async def score(self, group):
+        scored = await super().score(group)
+        if group.info.index % 2:
+            raise ScoreFailed("no")
+        return scored
+
+
+def test_groups_that_are_scored_and_dropped_have_come_through(world, monkeypatch):
+    monkeypatch.setattr(roll, "MIN_LOST", 20)
+    monkeypatch.setattr(roll, "LOST_BATCHES", 2)
+    monkeypatch.setattr(roll, "MAX_SILENT", 50)
+    run = world(scorers=[BrokenOrSilent(silent_from=0)], steps=9, skip_without_signal=True)
+    with pytest.raises(DriverError, match="50 groups in a row had equal rewards"):
+        run.run()
+
+
 def test_a_reward_that_has_nothing_to_say_stops_the_run(world, monkeypatch):
     monkeypatch.setattr(roll, "MAX_SILENT", 20)
     run = world(scorers=[Graded(silent_from=10)], steps=9, skip_without_signal=True)

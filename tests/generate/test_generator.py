@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from distrl.generate.generator import VLLMGenerator
+from distrl.generate.records import IncompleteOutput
 from distrl.records import Prompt, Rollout
 from distrl.roles import CanaryMismatch, RoleError, WorkerDied
 
@@ -181,6 +182,19 @@ async def test_held_prompts_start_together(engine, policies):
     waits.append(asyncio.create_task(engine.generate(policies.prompt(1))))
     assert [parcel.info.index for parcel in await asyncio.gather(*waits)] == [2, 0, 1]
     assert (await roll(engine, [policies.prompt(4)]))[0].prompt.index == 4, "the gate stays open"
+
+
+async def test_a_sample_that_vllm_breaks_off_is_a_lost_group(engine, policies, monkeypatch):
+    """Which is tried again, and no end of the run."""
+
+    def broken(*_):
+        raise IncompleteOutput("finish_reason='abort' after 3 tokens")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distrl.generate.generator.to_rollout", broken)
+        with pytest.raises(RoleError, match="'abort' after 3 tokens"):
+            await engine.generate(policies.prompt(1))
+    assert await engine.generate(policies.prompt(1))
 
 
 async def test_a_prompt_that_is_too_long_is_lost_alone(engine, policies):

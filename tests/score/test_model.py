@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,6 +171,22 @@ def test_another_tokenizer_means_text_is_read_and_said_so_once(folder, tokenizer
 def test_a_sequence_beyond_the_context_fails_and_is_no_number(reward, tokenizer):
     (failure,) = reward.scores([rollout(tokenizer, "a", "x" * 40)])
     assert isinstance(failure, ScoreFailed) and "1 to 24 tokens" in str(failure)
+    short, long = rollout(tokenizer, "a", " film", " b"), rollout(tokenizer, "a", " b", "x" * 40)
+    (first,) = reward.scores([short])
+    one, failure, two = reward.scores([short, long, short])
+    assert isinstance(failure, ScoreFailed) and isinstance(first, list)
+    assert one == pytest.approx(first, abs=1e-5) and two == pytest.approx(first, abs=1e-5)
+
+
+def test_a_column_called_messages_is_not_the_prompt(folder, tokenizer, tmp_path):
+    tokenizer_of_its_own = train_tokenizer(["other words"], 299, 24)
+    ScalarModel.load(folder).save(tmp_path / "rm", tokenizer_of_its_own, {})
+    reward = ModelReward("rm", tmp_path / "rm", tokenizer, batch_tokens=64)
+    assert reward.re_encodes
+    plain = rollout(tokenizer, "a good", " film")
+    meta = {"messages": [{"role": "user", "content": "something else"}]}
+    beside = replace(plain, prompt=replace(plain.prompt, meta=meta))
+    assert reward.scores([beside]) == reward.scores([plain])
 
 
 def test_a_score_that_is_not_finite_fails_its_group_alone(reward, tokenizer):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,10 @@ def config(**sections):
     }
     merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
     return Config.model_validate(merged)
+
+
+def time_of(row: Any, name: str) -> Any:
+    return row[f"time/{name}"]
 
 
 def same(outcome):
@@ -109,6 +116,45 @@ def test_what_was_simulated_is_found_again_by_the_fit(tmp_path):
     assert (model.publish_s, model.load_s) == pytest.approx((0.05, 0.15), rel=0.05)
     again = simulate(run.model_copy(update={"simulate": model}))
     assert again.samples_per_second == pytest.approx(outcome.samples_per_second, rel=0.05)
+
+
+def test_jitter_is_of_all_that_a_step_takes():
+    """As the fit measures it, also where nothing is but tokens."""
+    shape = {"learn_s": 0.0, "learn_token_s": 0.01, "jitter": 0.3, "length_sigma": 0.0}
+    outcome = simulate(config(driver={"steps": 300}, simulate=shape))
+    seconds = [math.log(time_of(row, "learn")) for _, row in outcome.rows]
+    assert statistics.stdev(seconds) == pytest.approx(0.3, rel=0.2)
+
+
+def test_publishing_is_work():
+    busy = {"learn_s": 1.0, "learn_token_s": 0.0, "publish_s": 2.0, "other_s": 0.0}
+    outcome = simulate(config(driver={"steps": 20}, simulate=busy))
+    idle, step = (
+        sum(time_of(row, name) for _, row in outcome.rows) for name in ("idle_learner", "step")
+    )
+    assert outcome.idle["learner"] == pytest.approx(idle / step, abs=0.05)
+
+
+@pytest.mark.parametrize("longest", [40, 80])
+def test_lengths_of_another_run_end_where_this_one_cuts(longest):
+    drawn = {"lengths": (200, 300)}
+    outcome = simulate(config(generate={"max_new_tokens": longest}, simulate=drawn))
+    assert outcome.tokens_per_second == pytest.approx(longest * outcome.samples_per_second)
+
+
+def test_dynamic_sampling_has_nothing_to_drop_here():
+    outcome = simulate(config(driver={"skip_without_signal": True}))
+    assert (outcome.steps, outcome.drops) == (12, 0)
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    run = config(driver={"steps": 6})
+    outcome = simulate(run, tmp_path / "ledger.sqlite")
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": n, **row}) for n, row in outcome.rows]
+    metrics.write_text("\n".join(lines) + '\n{"step": 7, "time/le')
+    assert fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths
+    assert audit(tmp_path / "ledger.sqlite", metrics).holds
 
 
 def test_a_run_without_times_is_refused(tmp_path):
