@@ -209,7 +209,7 @@ class Roller:
                 self._land(ticket, scored)
 
     def _check_lost(self, lost: GroupLost) -> None:
-        """Raise DriverError where group after group is given up and none lands."""
+        """Raise DriverError where group after group is given up and none comes through."""
         self.lost_in_a_row += 1
         if self.lost_in_a_row >= max(MIN_LOST, LOST_BATCHES * self.buffer.batch):
             raise DriverError(

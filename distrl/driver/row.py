@@ -61,7 +61,10 @@ def batch_row(batch: Sequence[Landed], consumed_s: float) -> Row:
 def staleness_row(
     batch: Sequence[Landed], ages: Sequence[Age], version: int, max_staleness: int
 ) -> Row:
-    """Ages, in versions, of the tokens that reach the gradient of a learner at `version`."""
+    """Ages, in versions, of the tokens that reach the gradient of a learner at `version`, as their
+    generators stamped them. A learner that looks at the tokens themselves reports its own figures,
+    which take the place of these.
+    """
     hist, in_flight = Counter[int](), 0
     for landed, age in zip(batch, ages, strict=True):
         floor = version - landed.bound if age.masked else -math.inf

@@ -108,7 +108,7 @@ def by_age(
 
 
 def _beyond(batch: Experience, prepared: Prepared, objective: ObjectiveConfig) -> Tensor:
-    """[B, T]: whether the objective's bounds would hold a token back before the step's start."""
+    """[B, T] bool: whether the objective's bounds are passed before the step begins."""
     mode = "geometric" if objective.kind == "sequence" else "token"
     ratio_BT = importance_ratio(prepared.proximal, batch.behaviour_BT, batch.mask_BT, mode)
     return (ratio_BT < 1 - objective.clip_low) | (ratio_BT > 1 + objective.clip_high)
