@@ -15,6 +15,7 @@ deviation of the SFT policy's scores (mean of the last ten steps, mean of the se
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -101,9 +102,10 @@ def _ours(source: Path, steps: int, seed: int) -> list[dict[str, Any]]:
 def _trl(
     source: Path, folder: Path, python: Path, steps: int, seed: int, bias: float
 ) -> list[dict[str, Any]]:
-    """TRL's steps, under our names. A run that has ended serves again."""
+    """TRL's steps, under our names. A run from the same weights that has ended serves again."""
     kept = ROOT / "runs" / f"benchmark-peer-trl-reward-{seed}" / f"trl-{steps}.json"
-    if not kept.exists():
+    start = _fingerprint(source)
+    if not kept.exists() or json.loads(kept.read_text()).get("start") != start:
         job = folder / "job.json"
         job.write_text(
             json.dumps(
@@ -125,12 +127,22 @@ def _trl(
             stdout=subprocess.DEVNULL,
             env=os.environ | silent | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(CORES)},
         )
-        kept.write_text((folder / "trl.json").read_text())
+        made = json.loads((folder / "trl.json").read_text())
+        kept.write_text(json.dumps(made | {"start": start}))
     said = json.loads(kept.read_text())
     return [
         {"samples/total": BATCH * (place + 1), "reward/mean": score, "kl/ref": kl}
         for place, (score, kl) in enumerate(zip(said["scores"], said["kl"], strict=True))
     ]
+
+
+def _fingerprint(source: Path) -> str:
+    """Of the weights that both sides start from."""
+    found = hashlib.sha256()
+    for stage in ("sft/policy", "reward-model/model"):
+        for file in sorted((source / stage).glob("*.safetensors")):
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _final(rows: list[dict[str, Any]], name: str) -> float:

@@ -104,7 +104,7 @@ class Counter:
         raises WorkerDied where it is gone."""
         self._actor, self._take, self._alive = actor, take, alive
         self._tickets = itertools.count()
-        self._outbox: list[tuple[int, Any]] = []
+        self._outbox: dict[int, Any] = {}
         self._waiting: dict[int, asyncio.Future[Parcel[Any]]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._collecting = False
@@ -114,13 +114,16 @@ class Counter:
         loop, ticket = asyncio.get_running_loop(), next(self._tickets)
         answer: asyncio.Future[Parcel[Any]] = loop.create_future()
         self._waiting[ticket] = answer
-        self._outbox.append((ticket, question))
+        self._outbox[ticket] = question
         if len(self._outbox) == 1:
             loop.call_soon(self._send)
         try:
             return await answer
         except asyncio.CancelledError:
-            self._actor.drop.remote(ticket)  # behind the `take` that brought it, in order
+            if ticket in self._outbox:
+                del self._outbox[ticket]
+            else:
+                self._actor.drop.remote(ticket)  # behind the `take` that brought it, in order
             raise
         finally:
             self._waiting.pop(ticket, None)
@@ -131,8 +134,7 @@ class Counter:
             task.cancel()
 
     def _send(self) -> None:
-        batch, self._outbox = self._outbox, []
-        self._run(self._deliver(batch))
+        self._run(self._deliver())
         if not self._collecting:
             self._collecting = True
             self._run(self._collect())
@@ -142,7 +144,10 @@ class Counter:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _deliver(self, batch: Sequence[tuple[int, Any]]) -> None:
+    async def _deliver(self) -> None:
+        batch, self._outbox = list(self._outbox.items()), {}
+        if not batch:  # they were all taken back, or have left with others
+            return
         try:
             await self._take(batch)
         except Exception as error:  # those who asked must hear of it, whatever it is

@@ -180,6 +180,23 @@ def check_demands(wanted: list[Demand], nodes: list[dict[str, float]]) -> None:
             )
 
 
+def check_local_gpus(wanted: list[Demand]) -> None:
+    """Raise PlacementError where this machine has fewer GPUs than a cluster on it would need. The
+    logical CPUs are as many as are asked for."""
+    if not any(demand.gpus for demand in wanted):
+        return
+    import torch
+
+    there, need = torch.cuda.device_count(), sum(d.workers * d.gpus for d in wanted)
+    if need > there:
+        parts = ", ".join(f"{d.workers} {d.role}(s) x {d.gpus:g}" for d in wanted if d.gpus)
+        raise PlacementError(
+            f"the run needs {need:g} GPUs ({parts}), and this machine has {there}; lower "
+            f"{' or '.join(f'{_section(d)}.gpus' for d in wanted if d.gpus)}, or name a cluster by "
+            "cluster.address"
+        )
+
+
 def place(wanted: list[Demand], timeout_s: float) -> dict[str, PlacementGroup]:
     """Reserve a placement group for each role; all or nothing. Raises PlacementError."""
     check_demands(wanted, [_resources(node) for node in ray.nodes() if node["Alive"]])

@@ -117,10 +117,8 @@ class RunDir:
         given; or the configuration to resume with would learn something else. Raises NotWritten
         where the disk is full or refuses.
         """
-        if resume and fresh:
-            raise RunDirError("resume and fresh exclude each other: keep the progress or not?")
+        self._check_path(resume, fresh)
         with writing("the run directory", self.path, "give the same command again"):
-            self._check_path()
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError:  # below /proc, say
@@ -135,8 +133,22 @@ class RunDir:
                 raise
         return self
 
-    def _check_path(self) -> None:
-        """Raise RunDirError where a file stands in the way of the folder."""
+    def check(self, config_yaml: str, *, resume: bool, fresh: bool) -> None:
+        """Raise RunDirError where `create` would, but for another process that has it now."""
+        self._check_path(resume, fresh)
+        if not fresh and self.has_progress():
+            if not resume:
+                raise RunDirError(
+                    f"{self.path} holds a run already; go on with it by --resume, "
+                    "delete its progress by --fresh, or choose another --run.name"
+                )
+            self._check_same_config(config_yaml)
+
+    def _check_path(self, resume: bool, fresh: bool) -> None:
+        """Raise RunDirError for flags that exclude each other, or where a file stands in the way of
+        the folder."""
+        if resume and fresh:
+            raise RunDirError("resume and fresh exclude each other: keep the progress or not?")
         there = next(
             place for place in (self.path, *self.path.absolute().parents) if place.exists()
         )
@@ -162,15 +174,9 @@ class RunDir:
         self.close()
 
     def _prepare(self, config_yaml: str, resume: bool, fresh: bool) -> None:
+        self.check(config_yaml, resume=resume, fresh=fresh)
         if fresh:
             self._delete_progress()
-        elif self.has_progress():
-            if not resume:
-                raise RunDirError(
-                    f"{self.path} holds a run already; go on with it by --resume, "
-                    "delete its progress by --fresh, or choose another --run.name"
-                )
-            self._check_same_config(config_yaml)
         for folder in (self.checkpoints, self.logs, self.tables):
             folder.mkdir(exist_ok=True)
         temporary = self.path / "config.yaml.tmp"

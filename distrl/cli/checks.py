@@ -31,8 +31,9 @@ from distrl.data.sources import (
     load_prompts,
 )
 from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from distrl.models.heads import HEAD_FILE, META_FILE
-from distrl.models.load import ModelError, checked_folder
+from distrl.models.folder import META_FILE
+from distrl.models.heads import HEAD_FILE
+from distrl.models.load import ModelError, checked_folder, positions
 from distrl.models.lora import check_targets
 
 STAGE_SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -102,8 +103,8 @@ def known_policy(config: Config) -> Path | None:
 
 
 def check_reward_parts(config: Config) -> None:
-    """ModelError where a part of the reward names a folder without a reward model, and it is not
-    the one that this run makes."""
+    """ModelError where a part of the reward names a folder without a reward model, or one that
+    could not read the longest sample, and it is not the one that this run makes."""
     for part in config.score.parts:
         if part.model is None or is_own(config, part.model):
             continue
@@ -120,6 +121,21 @@ def check_reward_parts(config: Config) -> None:
                 f"score.parts, {part.name!r}: {folder} holds no reward model, as it has no "
                 f"{' and no '.join(missing)}; make one with 'distrl reward-model'"
             )
+        check_reads(config, part.name, folder)
+
+
+def check_reads(config: Config, name: str, folder: Path) -> None:
+    """ModelError where samples may be longer than a reward model can read. How long they are in
+    the tokens of another tokenizer than the policy's is not known before."""
+    policy, context = known_policy(config), positions(folder)
+    if policy is None or context is None or config.sequence_tokens <= context:
+        return
+    own, theirs = (tokenizer_fingerprint(load_tokenizer(each)) for each in (folder, policy))
+    if own == theirs:
+        raise ModelError(
+            f"score.parts, {name!r}: {folder} reads {context} tokens, and data.max_prompt_tokens + "
+            f"generate.max_new_tokens = {config.sequence_tokens}; shorten one"
+        )
 
 
 def check_models(config: Config, policy: Path | None, reward_model: Path | None) -> None:

@@ -8,37 +8,33 @@ import sys
 import time
 from pathlib import Path
 
-from distrl.checkpoint import Checkpoints, RunDir
+from distrl.checkpoint import RunDir
 from distrl.cli.evaluate import evaluate
 from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import claimed
-from distrl.cli.train import prepare_stages, report, train
+from distrl.cli.stages import check_claim, claimed
+from distrl.cli.train import finished, prepare_stages, report, train
 from distrl.config import Config
 
 
 def run(about: str, argv: list[str]) -> int:
     options = parse("demo", about, argv, default_preset="demo")
     config = options.config
+    options = _going_on(options)
     if options.dry_run:
         print_plan(config)
+        check_claim(config, resume=options.resume, fresh=options.fresh)
         return 0
     began = time.monotonic()
-    options = _going_on(options)
     with claimed(config, resume=options.resume, fresh=options.fresh) as directory:
         prepare_stages(config, fresh=options.fresh, evaluates=True)
-        if _finished(config, directory):
+        if finished(config, directory):
             print(f"PPO: finished before, reusing {config.run.dir / 'policy'}", flush=True)
         elif status := report(config, train(options, directory)):
             return status
     evaluate(config)
     print(_next(config, time.monotonic() - began), flush=True)
     return 0
-
-
-def _finished(config: Config, directory: RunDir) -> bool:
-    committed = Checkpoints(directory.checkpoints).committed()
-    return max(committed, default=0) >= config.driver.steps and directory.policy.exists()
 
 
 def _going_on(options: Options) -> Options:

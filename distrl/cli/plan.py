@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from rich.console import Console
 from rich.table import Table
 
-from distrl.actors.cluster import Demand, check_demands, demands
+from distrl.actors.cluster import Demand, check_local_gpus, demands
 from distrl.actors.launch import generator_cores
 from distrl.cli.checks import check_what_is_there
 from distrl.cli.stages import check_context, check_functions
@@ -59,7 +57,7 @@ def _limits(config: Config) -> Table:
 def _placement(config: Config) -> Table:
     wanted = demands(config)
     if config.cluster.address is None:
-        check_demands(wanted, [_this_machine(wanted)])
+        check_local_gpus(wanted)
     table = Table(title=f"Placement: {config.cluster.address or 'a Ray cluster on this machine'}")
     for column in ("role", "workers", "CPUs each", "GPUs each", "cores", "memory each, about"):
         table.add_column(column)
@@ -80,14 +78,6 @@ def _cores(config: Config, demand: Demand) -> str:
         return "any"
     bound = [generator_cores(config, place) for place in range(demand.workers)]
     return ", ".join(core or "any" for core in bound)
-
-
-def _this_machine(wanted: list[Demand]) -> dict[str, float]:
-    """A local cluster gets the logical CPUs that are asked for; GPUs must be real."""
-    import torch
-
-    cpus = max(os.cpu_count() or 1, sum(d.workers * d.cpus for d in wanted))
-    return {"CPU": cpus, "GPU": torch.cuda.device_count()}
 
 
 PROCESS_BYTES = 0.6 * GIB

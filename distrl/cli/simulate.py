@@ -32,6 +32,9 @@ SHORT = {
 }
 """Names that --sweep takes besides dotted ones."""
 
+SHOWN = 20
+"""Values of one setting that a dry run prints."""
+
 USAGE = """\
 distrl simulate [--from RUN] [--sweep NAME=V1,V2,...]... [--out DIR] [--no-audit] [settings]
 
@@ -57,7 +60,7 @@ def run(about: str, argv: list[str]) -> int:
     options = _options(own.source, about, rest)
     base = options.config.model_dump(mode="json")
     if options.dry_run:
-        print(yaml.safe_dump(base, sort_keys=False))
+        print(yaml.safe_dump(_shortened(base), sort_keys=False))
         return 0
     points = list(_points(own.sweep))
     results = []
@@ -90,6 +93,15 @@ def _options(source: Path | None, about: str, argv: list[str]) -> Options:
     model = fitted(directory.ledger, directory.metrics, theirs.simulate)
     values = theirs.model_dump(mode="json") | {"simulate": model.model_dump(mode="json")}
     return parse("simulate", about, argv, beneath=values)
+
+
+def _shortened(values: Any) -> Any:
+    """Settings as people read them: of the many lengths of a run the range alone."""
+    if isinstance(values, dict):
+        return {name: _shortened(value) for name, value in values.items()}
+    if isinstance(values, list) and len(values) > SHOWN:
+        return f"{len(values):,} values of the run, {min(values):g} to {max(values):g}"
+    return values
 
 
 def _points(sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:

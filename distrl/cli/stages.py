@@ -114,6 +114,11 @@ def claimed(config: Config, *, resume: bool, fresh: bool) -> RunDir:
     return directory.create(dump_yaml(config), resume=resume, fresh=fresh)
 
 
+def check_claim(config: Config, *, resume: bool, fresh: bool) -> None:
+    """Raise RunDirError where `claimed` would, if nobody else has the directory."""
+    RunDir(config.run.dir).check(dump_yaml(config), resume=resume, fresh=fresh)
+
+
 def check_functions(config: Config) -> None:
     """Functions that the configuration names are looked up here once, so that a wrong name is told
     now and not by an actor. Raises ConfigError."""
@@ -236,10 +241,13 @@ def make_reward_model(config: Config, *, fresh: bool = False) -> None:
 
 
 def _accuracy(report: RewardReport) -> str:
+    """By how far apart people rated a pair; where none is further than a hair, of all of them."""
+    found = {float(margin): each for margin, each in report.held_out.accuracy.items()}
     return "; ".join(
-        f"{estimate.value:.1%} of {estimate.pairs:,} held-out pairs rated more than {margin} apart"
-        for margin, estimate in report.held_out.accuracy.items()
-        if float(margin) > 0
+        f"{each.value:.1%} of {each.pairs:,} held-out pairs"
+        + f" rated more than {margin:g} apart" * (margin > 0)
+        for margin, each in found.items()
+        if margin > 0 or len(found) == 1
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from distrl.actors.cluster import check_demands, connected, demands
+from distrl.actors.cluster import check_local_gpus, connected, demands
 from distrl.actors.launch import launched
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir, RunDirError
 from distrl.cli.checks import (
@@ -26,6 +27,7 @@ from distrl.cli.checks import (
 from distrl.cli.options import Options, parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
+    check_claim,
     check_context,
     check_functions,
     claimed,
@@ -53,6 +55,7 @@ from distrl.metrics import (
     new_run_id,
     rewind_run,
 )
+from distrl.models.folder import META_FILE
 from distrl.score.compose import with_default_part
 
 STOPPED = 75
@@ -61,12 +64,20 @@ STOPPED = 75
 
 def run(about: str, argv: list[str]) -> int:
     options = parse("train", about, argv)
-    if options.dry_run:
-        print_plan(options.config)
-        return 0
     if options.resume:
         check_there_is_a_run(options.config)
+    if options.dry_run:
+        print_plan(options.config)
+        check_claim(options.config, resume=options.resume, fresh=options.fresh)
+        return 0
     with claimed(options.config, resume=options.resume, fresh=options.fresh) as directory:
+        if options.resume and finished(options.config, directory):
+            print(
+                f"PPO: all {options.config.driver.steps} steps were taken before, the policy is in "
+                f"{directory.policy}; raise --driver.steps to go on",
+                flush=True,
+            )
+            return 0
         prepare_stages(options.config, fresh=False)
         return report(options.config, train(options, directory))
 
@@ -74,7 +85,8 @@ def run(about: str, argv: list[str]) -> int:
 def prepare_stages(config: Config, *, fresh: bool, evaluates: bool = False) -> None:
     """The stages that PPO stands on, and every check that needs no actor; `evaluates` where an
     evaluation follows at once."""
-    check_local_gpus(config)
+    if config.cluster.address is None:  # said now, not when SFT is over
+        check_local_gpus(demands(config))
     check_functions(config)
     check_context(config)
     tokenizer_is_there = known_policy(config) is not None
@@ -98,15 +110,13 @@ def check_there_is_a_run(config: Config) -> None:
         )
 
 
-def check_local_gpus(config: Config) -> None:
-    """More GPUs than this machine has: said now, not when SFT is over."""
-    if config.cluster.address is None and (config.learn.gpus or config.generate.gpus):
-        import os
-
-        import torch
-
-        cpus = max(os.cpu_count() or 1, sum(d.workers * d.cpus for d in demands(config)))
-        check_demands(demands(config), [{"CPU": cpus, "GPU": torch.cuda.device_count()}])
+def finished(config: Config, directory: RunDir) -> bool:
+    """Whether all steps were taken, and the policy that came of the last one is written."""
+    newest = max(Checkpoints(directory.checkpoints).committed(), default=0)
+    mark = directory.policy / META_FILE
+    return newest >= config.driver.steps and (
+        mark.exists() and json.loads(mark.read_text())["step"] == newest
+    )
 
 
 def report(config: Config, summary: Summary) -> int:

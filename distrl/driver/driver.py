@@ -55,7 +55,7 @@ from distrl.driver.buffer import OrderedBuffer
 from distrl.driver.errors import DriverError, Stalled
 from distrl.driver.fleet import Fleet
 from distrl.driver.generators import Generators
-from distrl.driver.learn import LearnLoop
+from distrl.driver.learn import RESUME, LearnLoop
 from distrl.driver.ledger import Ledger
 from distrl.driver.ports import CheckpointStore, PromptSource, RolloutsHook
 from distrl.driver.roll import Roller
@@ -172,25 +172,37 @@ class Driver:
         """
         began_s = self._progress.moved_s = self._clock()
         if self._progress.step < self._config.steps:
-            try:
-                async with asyncio.TaskGroup() as self._tasks:
-                    self._running = True
-                    self._spawn(self._watch())
-                    self._spawn(self._ledger.keep())
+            await self._train()
+        else:  # no step is left, but whoever exports it wants its weights
+            await self._watched(self._learn.load())
+        await self._watched(self._learn.save())
+        await self._ledger.flush()
+        return self._summary(self._clock() - began_s)
+
+    async def _train(self) -> None:
+        """All loops, until the last step is taken or one of them fails."""
+        failure: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._running = True
+                self._spawn(self._watch())
+                self._spawn(self._ledger.keep())
+                try:
                     await self._learn.open()
                     self._spawn(self._roller.feed())
                     await self._learn.run()
-                    raise _Finished
-            except BaseExceptionGroup as group:
-                if (error := _first_error(group)) is not None:
-                    raise error from error.__cause__
-            finally:
-                self._running = False
-        else:
-            await self._learn.load()  # no step is left, but whoever exports it wants its weights
-        await self._learn.save()
-        await self._ledger.flush()
-        return self._summary(self._clock() - began_s)
+                except Exception as error:  # what fails next is its consequence
+                    failure = error
+                    raise
+                finally:
+                    self._generators.close()
+                    self._scorers.close()
+                raise _Finished
+        except BaseExceptionGroup as group:
+            if (error := failure or _first_error(group)) is not None:
+                raise error from error.__cause__
+        finally:
+            self._running = False
 
     def stop(self) -> None:
         """End soon and cleanly: finish the learner step under way, write a checkpoint, return.
@@ -240,6 +252,21 @@ class Driver:
             f"Scorers:\n{self._scorers.describe()}\n"
             f"Drops, the most frequent ones: {dict(self._learn.drops().most_common(10))}"
         )
+
+    async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
+        """`work` of the learner, with nothing beside it. Raises Stalled likewise."""
+        limit = self._config.stall_timeout_s
+        watch = asyncio.timeout(limit)
+        try:
+            async with watch:
+                await work
+        except TimeoutError as error:
+            if not watch.expired():
+                raise
+            raise Stalled(
+                f"{self._progress.doing} took longer than driver.stall_timeout_s={limit:g} s; "
+                f"{RESUME}"
+            ) from error
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._tasks is not None

@@ -42,8 +42,8 @@ class Witness(Protocol):
         """Nobody has it now."""
         ...
 
-    def held_by(self, name: str) -> None:
-        """`name` has it now."""
+    def held_by(self, worker: Worker[Any]) -> None:
+        """`worker` has it now."""
         ...
 
     def failed(self, name: str, error: RoleError) -> None:
@@ -110,7 +110,7 @@ class Fleet(Generic[R]):
                 witness.waits(f"nobody: no {self._kind} is ready")
                 worker = await self._least_loaded(but=worker)
             first = None
-            witness.held_by(worker.role.name)
+            witness.held_by(worker)
             try:
                 return await self._loaded_with(load, worker, work(worker.role))
             except RoleError as error:

@@ -36,10 +36,9 @@ class Generators(Fleet[Generator]):
         self._required: int | None = None
         self._held: dict[Worker[Generator], int] = {}
 
-    @property
-    def required(self) -> int:
-        """The version that a generator must hold, or a newer one, to be given work."""
-        return self._required or 0
+    def held(self, worker: Worker[Generator]) -> int:
+        """The version that a usable generator holds."""
+        return self._held[worker]
 
     def is_usable(self, worker: Worker[Generator]) -> bool:
         held = self._held.get(worker)

@@ -75,6 +75,7 @@ class LearnLoop:
     async def load(self) -> None:
         """Bring the learner to where the run starts."""
         if self.start.checkpoint is not None:
+            self.progress.doing = f"loading the learner from {self.start.checkpoint}"
             await self.learner.load(self.start.checkpoint / LEARNER_FOLDER)
 
     async def open(self) -> None:

@@ -53,13 +53,16 @@ CREATE TABLE trainings (step INTEGER, idx INTEGER, attempt INTEGER, masked INTEG
     undone INTEGER);
 CREATE TABLE checkpoints (step INTEGER, cursor INTEGER, fence INTEGER, at_s REAL,
     undone INTEGER);
-CREATE TABLE events (fence INTEGER, at_s REAL, who TEXT, what TEXT, detail TEXT);
+CREATE TABLE events (fence INTEGER, at_s REAL, who TEXT, what TEXT, detail TEXT)
 """
 COLUMNS = {"attempts": 19, "samples": 8, "steps": 7, "trainings": 5, "checkpoints": 5, "events": 5}
 INSERTS = {
     table: f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * count)})"
     for table, count in COLUMNS.items()
 }
+
+
+OTHERWISE = "switch it off with --no-driver.ledger, or start anew with --fresh"
 
 
 class LedgerError(DriverError):
@@ -97,18 +100,17 @@ class LedgerFile:
         Raises LedgerError, naming the other driver where one is alive.
         """
         self._path = path
-        existed = path.exists()
-        if not existed and (step or cursor):
+        new = not path.exists() or _is_blank(path)
+        if new and (step or cursor):
             raise LedgerError(
                 f"{path} is missing, and the run goes on after step {step}: what became of the "
-                "prompts before it would be unknown. Put the ledger back, switch it off with "
-                "--no-driver.ledger, or start anew with --fresh"
+                f"prompts before it would be unknown. Put the ledger back, {OTHERWISE}"
             )
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
-            if existed:
+            if not new:
                 check_readable(self._db, path)
-            self._configure(new=not existed)
+            self._configure(new=new)
             self.run_id = read_meta(self._db)["run_id"]
             if run_id is not None and run_id != self.run_id:
                 raise LedgerError(
@@ -116,6 +118,12 @@ class LedgerFile:
                     "put this run's own ledger back"
                 )
             self.fence = self._take(step, cursor, ahead)
+        except sqlite3.Error as error:
+            self._db.close()
+            raise LedgerError(
+                f"{path} cannot be opened: {error}; is the disk full, or has another program got "
+                "hold of the file?"
+            ) from error
         except BaseException:
             self._db.close()
             raise
@@ -124,13 +132,17 @@ class LedgerFile:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         if new:
-            self._db.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-            self._db.execute("INSERT INTO meta VALUES ('run_id', ?)", (uuid.uuid4().hex,))
+            with _Transaction(self._db):
+                for table in TABLES.split(";"):
+                    self._db.execute(table)
+                self._db.execute("INSERT INTO meta VALUES ('run_id', ?)", (uuid.uuid4().hex,))
+                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     def _take(self, step: int, cursor: int, ahead: Collection[int]) -> int:
         """Take the next number, and roll back what was not committed."""
         with _Transaction(self._db):
             self._refuse_if_alive()
+            self._refuse_gap(step)
             now = time.time()
             holder = (socket.gethostname(), os.getpid(), now, now, None, step, cursor)
             fence = self._db.execute(
@@ -156,6 +168,15 @@ class LedgerFile:
             raise LedgerError(
                 f"{self._path} is being written by process {pid} on {host} (last heard of "
                 f"{time.time() - seen_s:.0f} s ago); stop that driver, or choose another --run.name"
+            )
+
+    def _refuse_gap(self, step: int) -> None:
+        """What a run did with its ledger off is not in it, and cannot be told."""
+        (known,) = self._db.execute("SELECT max(step) FROM steps WHERE undone IS NULL").fetchone()
+        if (known or 0) < step:
+            raise LedgerError(
+                f"{self._path} ends with step {known or 0}, and the run goes on after step {step}: "
+                f"it was off in between, and has a hole; {OTHERWISE}"
             )
 
     def _roll_back(self, fence: int, step: int, cursor: int, ahead: Collection[int]) -> None:
@@ -197,10 +218,13 @@ class LedgerFile:
                     "UPDATE runs SET seen_s = ? WHERE fence = ?", (time.time(), self.fence)
                 )
         except sqlite3.Error as error:
-            raise LedgerError(
-                f"{self._path} cannot be written: {error}; is the disk full? The run can be "
-                "resumed from its newest checkpoint"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: sqlite3.Error) -> LedgerError:
+        return LedgerError(
+            f"{self._path} cannot be written: {error}; is the disk full? The run can be "
+            "resumed from its newest checkpoint"
+        )
 
     def _check_fence(self) -> None:
         fence, host, pid = self._db.execute(
@@ -210,11 +234,13 @@ class LedgerFile:
             raise Fenced(f"{self._path} was taken over by process {pid} on {host}; this one stops")
 
     def close(self) -> None:
-        """Say that this driver has ended. May be called twice."""
+        """Say that this driver has ended. May be called twice. Raises LedgerError."""
         try:
             self._db.execute("UPDATE runs SET ended = 1 WHERE fence = ?", (self.fence,))
         except sqlite3.ProgrammingError:  # closed before
             return
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
         finally:
             self._db.close()
 
@@ -229,7 +255,21 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:  # a full disk may have ended it
+                self._db.execute("ROLLBACK")
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file has no table: its first driver was ended before it had made them."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return not db.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.Error:  # told by `check_readable`
+        return False
 
 
 def open_to_read(path: Path) -> closing[sqlite3.Connection]:

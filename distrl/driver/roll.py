@@ -36,10 +36,10 @@ class _Generating:
     def waits(self, why: str) -> None:
         self.ticket.holder, self.ticket.version = why, None
 
-    def held_by(self, name: str) -> None:
+    def held_by(self, worker: Worker[Generator]) -> None:
         ticket, roller = self.ticket, self.roller
-        ticket.holder, ticket.began_s = name, roller.clock()
-        ticket.version = roller.generators.required
+        ticket.holder, ticket.began_s = worker.role.name, roller.clock()
+        ticket.version = roller.generators.held(worker)
 
     def failed(self, name: str, error: RoleError) -> None:
         ticket, roller = self.ticket, self.roller
@@ -58,8 +58,8 @@ class _Scoring:
     def waits(self, why: str) -> None:
         self.ticket.holder = why
 
-    def held_by(self, name: str) -> None:
-        self.ticket.holder = name
+    def held_by(self, worker: Worker[Scorer]) -> None:
+        self.ticket.holder = worker.role.name
 
     def failed(self, name: str, error: RoleError) -> None:
         self.ledger.event(name, "gave no score", f"group {self.ticket.prompt.index}: {error}")

@@ -399,7 +399,8 @@ class PolicyLearner:
                 if self.ranks.first:
                     state[name] = found.cpu()
             if self.ranks.first:
-                save_policy(self.policy, self.tokenizer, folder, state=state)
+                meta = {"step": self.step, "version": self.version}
+                save_policy(self.policy, self.tokenizer, folder, state=state, meta=meta)
 
     def close(self) -> None:
         self.publisher.close()

@@ -13,6 +13,10 @@ from distrl.disk import writing
 AGAIN = "give the same command again ('train' with --resume): what is finished is kept"
 
 
+META_FILE = "distrl.json"
+"""What distrl has to say of a model, beside its weights."""
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` to write in; it takes the place of `folder` at the end.

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from distrl.models.folder import replacing
+from distrl.models.folder import META_FILE, replacing
 from distrl.models.load import ModelError, as_dtype, check_finite, checked_folder
 from distrl.models.packing import is_packed, token_states
 from distrl.records import Int32s
 
-HEAD_FILE, META_FILE = "head.safetensors", "distrl.json"
+HEAD_FILE = "head.safetensors"
 
 
 class ScalarModel(nn.Module):

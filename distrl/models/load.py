@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from distrl.config import ModelConfig
-from distrl.models.folder import replacing
+from distrl.models.folder import META_FILE, replacing
 
 # Progress is the caller's to show; these bars would cut through it at every load and save.
 transformers_logging.disable_progress_bar()
@@ -115,14 +116,18 @@ def save_policy(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | str,
     state: dict[str, torch.Tensor] | None = None,
+    meta: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model and tokenizer to `folder` in Hugging Face's layout, safetensors, whole or not at
     all. `state`: weights to write instead of the model's own, under the names of its checkpoint.
+    `meta`: what is written beside them, as `META_FILE`.
     Raises ModelError where a weight is not finite: such a policy would sample rubbish."""
     check_finite(model.state_dict() if state is None else state)
     with replacing(Path(folder)) as new:
         model.save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
+        if meta is not None:
+            (new / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -121,6 +121,35 @@ async def test_who_gives_up_waiting_ends_the_job() -> None:
     assert ended == [1]
 
 
+async def test_a_question_that_is_taken_back_at_once_is_not_asked() -> None:
+    """Else the actor would be told to drop what it is given only then, and do it for nobody."""
+    actor = Actor(doubled)
+    sent: set[int] = set()
+    dropped: list[int] = []
+
+    def take(batch: Any) -> Reference:
+        sent.update(ticket for ticket, _ in batch)
+        return Reference(actor._take(batch))
+
+    def drop(ticket: int) -> None:
+        assert ticket in sent
+        dropped.append(ticket)
+
+    actor.take, actor.drop = SimpleNamespace(remote=take), SimpleNamespace(remote=drop)
+    counter = actor.counter()
+    for turns in range(6):
+        dropped.clear()
+        back, kept = (asyncio.ensure_future(counter.ask(n)) for n in (0, 1))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        back.cancel()
+        assert (await kept).info == 2
+        with pytest.raises(asyncio.CancelledError):
+            await back
+        assert actor.calls.pop() == 1 + len(dropped), turns
+    assert len(dropped) == 1 and not actor.calls
+
+
 async def test_a_call_that_cannot_be_sent_fails_those_it_carried() -> None:
     actor = Actor(doubled)
 

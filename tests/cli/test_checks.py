@@ -115,6 +115,35 @@ def test_folders_without_a_reward_model(
     check_what_is_there(Config.model_validate(recipe))
 
 
+def test_a_reward_model_that_cannot_read_the_longest_sample(
+    recipe: dict[str, Any],
+    tiny_policy: Path,
+    other_reward_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = load_policy(tiny_policy)
+    context = policy.config.max_position_embeddings
+    assert context is not None
+    model = ScalarModel.from_policy(policy)
+    model.body.config.max_position_embeddings = 40
+    model.save(tmp_path / "short", load_tokenizer(tiny_policy), {})
+    recipe["score"]["parts"].append({"name": "taste", "model": str(tmp_path / "short")})
+    recipe["data"] = {"max_prompt_tokens": 12}
+    recipe["generate"] = {"max_new_tokens": 29}
+    said = refused(recipe, tmp_path, capsys)
+    assert "score.parts, 'taste'" in said and "reads 40 tokens" in said and "= 41" in said
+    recipe["generate"] = {"max_new_tokens": 28}
+    check_what_is_there(Config.model_validate(recipe))
+    # How many tokens of another tokenizer a sample has is not known.
+    config_file = other_reward_model / "config.json"
+    told = json.loads(config_file.read_text()) | {"max_position_embeddings": 40}
+    config_file.write_text(json.dumps(told))
+    recipe["score"]["parts"][-1]["model"] = str(other_reward_model)
+    recipe["generate"] = {"max_new_tokens": 29}
+    check_what_is_there(Config.model_validate(recipe))
+
+
 def rows_at(path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
     """A data section for these rows."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -5,6 +5,7 @@ Nothing is trained here.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from distrl.cli.demo import _next
 from distrl.cli.options import Options
 from distrl.config import Config
 from distrl.driver.state import Summary
+from distrl.models.folder import META_FILE
 
 EVERYTHING = ["sft", "reward model", "PPO from nothing", "evaluation"]
 
@@ -51,7 +53,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 (folder / "x").write_text("x")
         if not stopped:
             directory.policy.mkdir(exist_ok=True)
-            (directory.policy / "model.safetensors").write_text("x")
+            (directory.policy / META_FILE).write_text(json.dumps({"step": step}))
         return Summary(
             step=step, steps=step, version=step, stopped=stopped, samples=8, tokens=64, drops={},
             restarts=0, seconds=1.0,
@@ -112,11 +114,15 @@ def test_more_steps_go_on_from_the_finished_ones(done: list[str], tmp_path: Path
 def test_an_export_that_is_missing_is_made(done: list[str], tmp_path: Path) -> None:
     """The run was killed between its last checkpoint and its export."""
     assert run(tmp_path, "--driver.steps", "4") == 0
-    (tmp_path / "d" / "policy" / "model.safetensors").unlink()
-    (tmp_path / "d" / "policy").rmdir()
+    policy = tmp_path / "d" / "policy" / META_FILE
+    for there in (None, '{"step": 2}'):  # or it is of an end before the last one
+        policy.unlink() if there is None else policy.write_text(there)
+        done.clear()
+        assert run(tmp_path, "--driver.steps", "4") == 0
+        assert done == ["PPO from step 4", "evaluation"]
     done.clear()
     assert run(tmp_path, "--driver.steps", "4") == 0
-    assert done == ["PPO from step 4", "evaluation"]
+    assert done == ["evaluation"]
 
 
 # -- its last words ------------------------------------------------------------------------

@@ -36,6 +36,13 @@ def test_a_sweep_of_two_settings_gives_every_combination_and_a_picture(tmp_path,
     assert "Simulated runs" in capsys.readouterr().out
 
 
+def test_a_dry_run_prints_the_range_of_many_values(tmp_path, capsys):
+    many = json.dumps(list(range(5, 1005)))
+    assert main(["simulate", "--dry-run", "--simulate.lengths", many]) == 0
+    said = capsys.readouterr().out
+    assert "1,000 values of the run, 5 to 1004" in said and len(said.splitlines()) < 400
+
+
 def test_faults_and_auto_by_the_settings(tmp_path):
     status, (point,) = simulated(
         tmp_path, "--simulate.fail_rate", "0.2", "--driver.max_staleness", "auto"

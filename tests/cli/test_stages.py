@@ -12,6 +12,7 @@ import pytest
 from distrl.checkpoint import RunDir, RunDirError
 from distrl.cli import main
 from distrl.cli.stages import (
+    _accuracy,
     claimed,
     ensure_reward_model,
     ensure_sft,
@@ -64,6 +65,16 @@ def test_a_finished_stage_is_reused(
     both(config(tmp_path, driver={"steps": 7}, learn={"lr": 1e-6}, score={"workers": 2}))
     assert made == ["sft", "reward model"]
     assert capsys.readouterr().out.count("finished before, reusing") == 2
+
+
+def test_ratings_that_lie_close_together_are_said_too() -> None:
+    def report(*margins: str) -> Any:
+        accuracy = {margin: SimpleNamespace(value=0.75, pairs=1000) for margin in margins}
+        return SimpleNamespace(held_out=SimpleNamespace(accuracy=accuracy))
+
+    assert _accuracy(report("0")) == "75.0% of 1,000 held-out pairs"
+    far = "75.0% of 1,000 held-out pairs rated more than 0.5 apart"
+    assert _accuracy(report("0", "0.5")) == far
 
 
 def test_what_was_cut_is_said(

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from distrl.checkpoint import Checkpoint, RunDir
+from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
+from distrl.cli import main
 from distrl.cli.train import open_ledger
-from distrl.config import Config
+from distrl.config import Config, dump_yaml
+from distrl.models.folder import META_FILE
 
 
 def test_the_ledger_is_told_of_all_that_is_settled(
@@ -33,3 +35,54 @@ def test_the_ledger_is_told_of_all_that_is_settled(
     assert seen == {"step": 4, "cursor": 9, "ahead": [11, 12], "run_id": "r"}
     open_ledger(Config(), RunDir(tmp_path), None)
     assert seen == {"step": 0, "cursor": 0, "ahead": (), "run_id": None}
+
+
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of four steps whose policy is written; the words that name it. Nothing may begin."""
+    for what in ("prepare_stages", "train"):
+        monkeypatch.setattr(f"distrl.cli.train.{what}", lambda *_, **__: pytest.fail("it began"))
+    words = ["--run.root", str(tmp_path), "--run.name", "r", "--driver.steps", "4"]
+    values = {"run": {"root": str(tmp_path), "name": "r"}, "driver": {"steps": 4}}
+    directory = RunDir(tmp_path / "r").create(dump_yaml(Config.model_validate(values)))
+    with Checkpoints(directory.checkpoints).write(4, {}) as folder:
+        (folder / "x").write_text("x")
+    directory.policy.mkdir()
+    (directory.policy / META_FILE).write_text('{"step": 4}')
+    directory.close()
+    return words
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(
+    ended: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *ended, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "all 4 steps were taken before" in said and "raise --driver.steps" in said
+    for more in (["--driver.steps", "6"], ["--driver.steps", "5"]):
+        with pytest.raises(pytest.fail.Exception, match="it began"):
+            main(["train", *ended, "--resume", *more])
+
+
+def test_a_policy_of_an_earlier_end_is_not_the_last_one(ended: list[str], tmp_path: Path) -> None:
+    """The run was given more steps, and killed between its last checkpoint and its export."""
+    (tmp_path / "r" / "policy" / META_FILE).write_text('{"step": 2}')
+    with pytest.raises(pytest.fail.Exception, match="it began"):
+        main(["train", *ended, "--resume"])
+
+
+@pytest.mark.parametrize(
+    "more, trouble",
+    [
+        ([], "holds a run already"),
+        (["--resume", "--learn.lr", "3e-5"], "learn.lr: "),
+        (["--resume", "--fresh"], "exclude each other"),
+    ],
+)
+def test_a_dry_run_says_what_the_run_directory_would(
+    ended: list[str], capsys: pytest.CaptureFixture[str], more: list[str], trouble: str
+) -> None:
+    assert main(["train", "--dry-run", *ended, *more]) == 1
+    assert trouble in capsys.readouterr().err
+    assert main(["train", "--dry-run", *ended, "--resume"]) == 0
+    assert main(["train", "--dry-run", *ended, "--fresh"]) == 0

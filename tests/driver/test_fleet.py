@@ -20,7 +20,7 @@ class Nobody:
     def waits(self, why):
         pass
 
-    def held_by(self, name):
+    def held_by(self, worker):
         pass
 
     def failed(self, name, error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import sqlite3
@@ -197,6 +198,58 @@ def refused(path, match):
     with pytest.raises(LedgerError, match=match):
         LedgerFile(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("done", ["nothing", "a pragma"])
+def test_a_ledger_that_was_hardly_begun_is_begun_again(tmp_path, done):
+    """Its driver was ended before it had made the tables, all of them at once."""
+    path = tmp_path / "ledger.sqlite"
+    path.touch()
+    if done == "a pragma":
+        sqlite3.connect(path).execute("PRAGMA journal_mode = WAL").close()
+    with pytest.raises(LedgerError, match="is missing, and the run goes on after step 4"):
+        LedgerFile(path, step=4, cursor=16)
+    file = LedgerFile(path)
+    file.close()
+    assert query(path, "SELECT value FROM meta WHERE name = 'run_id'") == [(file.run_id,)]
+
+
+def test_steps_taken_while_it_was_off_are_told_before_the_run_goes_on(world, tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    run = world(steps=4)
+    run.ledger = path
+    run.run()
+    LedgerFile(path, step=4, cursor=16).close()
+    with pytest.raises(LedgerError, match=r"ends with step 4, and the run goes on after step 6"):
+        LedgerFile(path, step=6, cursor=24)
+    LedgerFile(path, step=4, cursor=16).close()
+
+
+def test_what_sqlite_will_not_do_is_told_with_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.sqlite"
+    file = LedgerFile(path)
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, timeout=0.01))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite cannot be opened: database is locked"):
+        LedgerFile(path)
+    file._db.execute("PRAGMA busy_timeout = 10")
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite cannot be written: database is locked"):
+        file.close()
+    other.close()
+
+
+def test_a_write_that_fails_halfway_leaves_nothing_and_keeps_no_lock(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    file = LedgerFile(path)
+    (pages,) = file._db.execute("PRAGMA page_count").fetchone()
+    file._db.execute(f"PRAGMA max_page_count = {pages + 4}")
+    rows = [(1, 0.0, "g0", "up", "x" * 1000)] * 100
+    with pytest.raises(LedgerError, match="database or disk is full"):
+        file.write({"events": rows})
+    file.write({"events": rows[:1]})
+    file.close()
+    assert query(path, "SELECT count(*) FROM events") == [(1,)]
 
 
 def test_a_ledger_from_another_run_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import asyncio
 
 from distrl.driver.audit import audit
 from distrl.driver.ledger_file import open_to_read
-from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed
+from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed, log_normal
 
 
 def ahead(world, **settings):
@@ -52,6 +52,40 @@ def test_what_cannot_make_it_is_given_up_before_the_engines_pause(world, tmp_pat
         ).fetchall()
         learned = [row[0] for row in db.execute("SELECT learned_s FROM steps")]
     assert ended and all(any(abs(at - s) < 1e-6 for s in learned) for (at,) in ended)
+
+
+def test_a_group_is_as_old_as_the_weights_of_its_own_generator(world, tmp_path):
+    """One takes on new weights at once, the other much later: what is tried again on the quick one
+    meanwhile is of the new version."""
+    generators = [
+        FakeGenerator(
+            name,
+            seconds=log_normal(2.0, 0.5, seed),
+            load_seconds=fixed(load_s),
+            faults=Faults(rate=0.15, seed=seed + 1),
+        )
+        for name, load_s, seed in (("quick", 0.05, 2), ("slow", 1.9, 3))
+    ]
+    run = world(
+        generators=generators,
+        learner=FakeLearner(seconds=fixed(2.0)),
+        max_staleness=1,
+        lead=3,
+        steps=30,
+    )
+    run.ledger = tmp_path / "ledger.sqlite"
+    run.run()
+    served = sorted((at_s, index, held) for g in generators for index, at_s, held in g.served)
+    held = {index: version for _, index, version in served}
+    with open_to_read(run.ledger) as db:
+        given_up = db.execute(
+            "SELECT idx, ended_s FROM attempts WHERE reason = 'too old' AND generated_s IS NULL"
+        ).fetchall()
+        steps = db.execute("SELECT version_after, learned_s FROM steps").fetchall()
+    assert given_up
+    for index, ended_s in given_up:
+        newest = max(version for version, at_s in steps if at_s <= ended_s + 1e-9)
+        assert held[index] < newest - 1
 
 
 def test_what_waits_for_a_generator_does_not_grow_old(world, tmp_path):

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from distrl.checkpoint import Checkpoints
 from distrl.disk import NotWritten
 from distrl.driver import DriverError, OutOfStep, Stalled, Start
+from distrl.roles import LearnerFailed
 from distrl.sim import (
     FakeGenerator,
     FakeLearner,
@@ -239,6 +240,31 @@ def test_the_watchdog_sees_a_start_that_hangs(world):
     generators = [FakeGenerator("g0", faults=Faults(load={1: "hang"}))]
     with pytest.raises(Stalled, match="loading version 0 on the generators"):
         world(generators=generators, stall_timeout_s=60).run()
+
+
+@pytest.mark.parametrize("checkpoint_every", [3, 100])
+def test_the_watchdog_sees_a_last_checkpoint_that_hangs(world, checkpoint_every):
+    class Hangs(FakeLearner):
+        async def save(self, folder):
+            await asyncio.sleep(1e5)
+
+    run = world(steps=3, learner=Hangs(), stall_timeout_s=60, checkpoint_every=checkpoint_every)
+    with pytest.raises(Stalled, match="writing the checkpoint of step 3"):
+        run.run()
+
+
+def test_what_the_learner_said_is_not_hidden_by_who_dies_with_it(world):
+    """A generator that dies as it loads, in the turn in which the learner fails."""
+    for seconds in (2.0, 3.0):
+        loads = iter((0.1, seconds))
+        generators = [
+            FakeGenerator("g0", load_seconds=loads.__next__, faults=Faults(load={2: "die"})),
+            FakeGenerator("g1"),
+        ]
+        learner = FakeLearner(fail=2, seconds=fixed(seconds))
+        run = world(generators=generators, learner=learner, max_staleness=2, prompts_per_step=2)
+        with pytest.raises(LearnerFailed, match="scripted failure of the learner"):
+            run.run()
 
 
 def test_a_run_in_which_every_group_is_dropped_stalls_and_says_why(world):
