@@ -254,12 +254,15 @@ def test_the_watchdog_sees_a_last_checkpoint_that_hangs(world, checkpoint_every)
 
 
 def test_what_the_learner_said_is_not_hidden_by_who_dies_with_it(world):
-    """A generator that dies as it loads, in the turn in which the learner fails."""
+    """Generators that die as they load, in the turn in which the learner fails."""
     for seconds in (2.0, 3.0):
-        loads = iter((0.1, seconds))
         generators = [
-            FakeGenerator("g0", load_seconds=loads.__next__, faults=Faults(load={2: "die"})),
-            FakeGenerator("g1"),
+            FakeGenerator(
+                name,
+                load_seconds=iter((0.1, seconds)).__next__,
+                faults=Faults(load={2: "die"}),
+            )
+            for name in ("g0", "g1")
         ]
         learner = FakeLearner(fail=2, seconds=fixed(seconds))
         run = world(generators=generators, learner=learner, max_staleness=2, prompts_per_step=2)
