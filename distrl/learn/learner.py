@@ -335,7 +335,7 @@ class PolicyLearner:
     def publish(self) -> Weights:
         """Put the present policy into shared memory. Raises NonFiniteWeights."""
         return publish(
-            self.networks.policy_state(),
+            self.networks.checkpoint_state(),
             self.publisher,
             version=self.version,
             transport=self.spec.transport,

@@ -20,8 +20,10 @@ from distrl.models.compiling import compile_layers
 from distrl.models.heads import ScalarModel
 from distrl.models.load import ModelError, as_dtype, load_policy
 from distrl.models.lora import Adapter, Merged, add_adapter, merged_tensors, without_adapter
+from distrl.models.names import CheckpointNames
 from distrl.models.packing import pack
 from distrl.models.sharding import checkpoint_activations, shard
+from distrl.sync.memory import Weight
 
 AFTER_HEAD = (
     "final_logit_softcapping",
@@ -40,7 +42,7 @@ PROBE = 8
 class Networks:
     """`reference` is frozen; None: the policy without its `adapter`, or nobody asks. `critic` is
     None where advantages need none; where `shared`, it stands on the policy's own body.
-    `packed`: all read sequences without pads."""
+    `packed`: all read sequences without pads. `names`: the policy's in its checkpoint."""
 
     policy: PolicyModel
     reference: PolicyModel | None
@@ -48,6 +50,7 @@ class Networks:
     shared: bool = False
     adapter: Adapter | None = None
     packed: bool = False
+    names: CheckpointNames | None = None
 
     @classmethod
     def load(
@@ -64,6 +67,7 @@ class Networks:
         given; spread over `ranks` where these have a mesh. Raises ModelError."""
         trained = load_policy(policy, tokenizer=load_tokenizer(policy))
         check_head(trained, policy)
+        names = CheckpointNames(trained)
         critic = None
         shared = config.has_critic and config.value.trunk == "shared"
         if shared:
@@ -85,6 +89,7 @@ class Networks:
             shared=shared,
             adapter=adapter,
             packed=config.packing and all([pack(body) for body in bodies]),
+            names=names,
         )
         networks._place(config, device, ranks)
         return networks
@@ -136,10 +141,14 @@ class Networks:
         return (first,) if self.critic_part is None else (first, self.critic_part)
 
     def policy_state(self) -> dict[str, Tensor | Merged]:
-        """The policy's weights under the names of its checkpoint, adapters to be merged; each is
-        put together by `whole`."""
+        """The policy's weights, adapters to be merged; each is put together by `whole`."""
         model = self.policy.model
         return model.state_dict() if self.adapter is None else merged_tensors(model)
+
+    def checkpoint_state(self) -> dict[str, Weight]:
+        """`policy_state` under the names of the policy's checkpoint, as an engine wants it."""
+        state = self.policy_state()
+        return dict(state) if self.names is None else self.names.of(state)
 
 
 @torch.no_grad()

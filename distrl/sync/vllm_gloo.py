@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 
 from distrl.records import TensorInfo
 from distrl.sync.gloo import GlooGroup
+from distrl.sync.vllm_transfer import begin_load
 
 PATIENCE_S = 1800
 """The generator ends a sync long before that, and the engine with it."""
@@ -37,6 +38,9 @@ class GlooTransfer(NCCLWeightTransferEngine):
             world=init_info.world_size,
             timeout_s=PATIENCE_S,
         )
+
+    def start_weight_update(self) -> None:
+        begin_load(self.model, self.device)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Hand each tensor to the model's own loader as it comes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+import torch
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -27,6 +28,19 @@ from distrl.sync.memory import hold
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):
     """Shared memory needs no rendezvous."""
+
+
+def begin_load(model: Any, device: torch.device) -> None:
+    """Bring a model's layers back to the shape of a checkpoint.
+
+    On a CPU, vLLM packs experts for their kernel only where it makes that kernel; later it would
+    leave them as a checkpoint has them, and read them wrongly. So it makes the kernel anew.
+    """
+    initialize_layerwise_reload(model)
+    for layer in model.modules() if device.type == "cpu" else ():
+        method: Any = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 @dataclass
@@ -52,7 +66,7 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate])
 
         After loading, an engine packs weights for its kernels and frees the originals.
         """
-        initialize_layerwise_reload(self.model)
+        begin_load(self.model, self.device)
 
     def finish_weight_update(self) -> None:
         """Pack the layers for the kernels again, now with the new weights."""
