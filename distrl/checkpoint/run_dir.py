@@ -191,10 +191,10 @@ class RunDir:
             )
         try:
             there = flat(yaml.safe_load(self.config.read_text()))
-        except (yaml.YAMLError, AttributeError):
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
             raise RunDirError(
-                f"{self.config} is damaged; put the run's own one back, or delete the progress by "
-                "--fresh"
+                f"{self.config} is damaged; put the run's own one back, delete the progress by "
+                "'distrl train --fresh', or choose another --run.name"
             ) from None
         given = flat(yaml.safe_load(config_yaml))
         changed = [

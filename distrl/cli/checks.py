@@ -60,13 +60,12 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
     Without a row for the evaluation a run goes on, with a word, unless it `evaluates` itself.
     Raises DataError.
     """
-    compare, prompts = _readers(config)
+    _, prompts = _readers(config)
     if config.sft.epochs:
         for split in STAGE_SPLITS:
             load_demonstrations(config.data, split)
     if trains_reward_model(config):
-        for split in STAGE_SPLITS:
-            compare(split)
+        check_comparisons(config)
     prompts("train")
     try:
         prompts("test")
@@ -74,6 +73,13 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
         if evaluates:
             raise
         print(f"no prompts for 'distrl evaluate': {error}", flush=True)
+
+
+def check_comparisons(config: Config) -> None:
+    """Read what a reward model is trained and judged on, before the stage before it."""
+    compare, _ = _readers(config)
+    for split in STAGE_SPLITS:
+        compare(split)
 
 
 def _readers(config: Config) -> tuple[Callable[[Split], Any], Callable[[Split], Any]]:

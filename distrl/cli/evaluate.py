@@ -24,7 +24,7 @@ from distrl.cli.stages import policy_folder, reward_model_folder
 from distrl.config import Config, ConfigError
 from distrl.data.order import permutation
 from distrl.data.sources import PromptRow, load_prompts
-from distrl.data.tokenizer import load_tokenizer
+from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distrl.disk import writing
 from distrl.evaluate import Comparison, compare, evaluate_policy, resolve_judge
 from distrl.evaluate.report import NothingToPlot, plot_reward_vs_kl, print_report, write_json
@@ -42,7 +42,7 @@ from distrl.sync.memory import SharedMemoryPublisher
 
 def run(about: str, argv: list[str]) -> int:
     asks = bool({"-h", "--help"} & set(argv))
-    options = parse("evaluate", about, argv, beneath={} if asks else _made_with(argv))
+    options = parse("evaluate", about, argv, made_with={} if asks else _made_with(argv))
     if options.dry_run:
         print_plan(options.config)
         return 0
@@ -114,7 +114,15 @@ def candidate(config: Config, directory: RunDir) -> Iterator[tuple[str, Path]]:
             _export(config, directory, checkpoint.path / "learner", folder)
             yield checkpoint.path.name, folder
     else:
-        yield Path(wanted).resolve().name, checked_folder(wanted)
+        folder, before = checked_folder(wanted), policy_folder(config)
+        own, theirs = (tokenizer_fingerprint(load_tokenizer(each)) for each in (before, folder))
+        if own != theirs:
+            raise ConfigError(
+                f"the policy in {folder} has another tokenizer than the one in {before}, which the "
+                "run began with: they would not read the same prompts. Evaluate it with a run of "
+                "its own"
+            )
+        yield Path(wanted).resolve().name, folder
 
 
 def _export(config: Config, directory: RunDir, state: Path, folder: Path) -> None:

@@ -39,6 +39,9 @@ class CommandLine(Config, BaseSettings):
 
 EXPLAINED = "'distrl train --help' explains them all"
 
+LISTS = ("[", "{")
+"""How JSON of more than one value begins."""
+
 FLAGS = ("preset", "config", "dry_run", "resume", "fresh")
 
 
@@ -58,16 +61,18 @@ def parse(
     argv: list[str],
     default_preset: str | None = None,
     beneath: dict[str, Any] | None = None,
+    made_with: dict[str, Any] | None = None,
 ) -> Options:
     """Read `argv` for `distrl <command>`. `--help` prints every setting and exits.
 
-    `beneath` are values that preset, file and words are laid over. Raises ConfigError with a
+    `beneath` are values that preset, file and words are laid over; `made_with` those of a run that
+    is there, which file and words alone are laid over. Raises ConfigError with a
     line for each wrong field.
     """
     if {"-h", "--help"} & set(argv):
         print_help(command, about)
         raise SystemExit(0)
-    values, flags = _values(argv, default_preset, beneath or {})
+    values, flags = _values(argv, default_preset, beneath or {}, made_with or {})
     _check_honoured(command, flags)
     return Options(
         config=validated(values),
@@ -80,20 +85,23 @@ def parse(
 def run_dir_of(argv: list[str]) -> Path:
     """The run directory that a command line names; the rest of it may be wrong as it stands, and
     right over what that run was made with."""
-    values, _ = _values(argv, None, {})
+    values, _ = _values(argv, None, {}, {})
     return validated({"run": values.get("run", {})}).run.dir
 
 
 def _values(
-    argv: list[str], default_preset: str | None, beneath: dict[str, Any]
+    argv: list[str],
+    default_preset: str | None,
+    beneath: dict[str, Any],
+    made_with: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values of all sources, and the flags."""
     given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
-    values = dict(beneath)
     preset = flags["preset"] or (default_preset if flags["config"] is None else None)
     if preset:
-        values = merged(values, read_yaml(preset_path(preset)))
+        beneath = merged(beneath, read_yaml(preset_path(preset)))
+    values = merged(beneath, made_with)
     if flags["config"]:
         values = merged(values, read_yaml(Path(flags["config"])))
     return merged(values, given), flags
@@ -134,7 +142,7 @@ def _given(argv: list[str]) -> dict[str, Any]:
     except SettingsError as error:
         trouble = str(error).removeprefix("error parsing CLI: ")
         if isinstance(error.__cause__, ValueError):
-            words = ", ".join(word for word in argv if word.startswith(("[", "{")))
+            words = ", ".join(w for w in argv if w.partition("=")[2][:1] in LISTS or w[:1] in LISTS)
             raise ConfigError(f"{words}: this is no JSON ({error.__cause__})") from None
         unknown = [word for word in trouble.split() if word.startswith("--")]
         if not trouble.startswith("unrecognized arguments") or not unknown:

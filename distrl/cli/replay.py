@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,12 @@ DIFFERS = 1
 """Exit status where the weights came out otherwise."""
 
 
+def _step(word: str) -> int:
+    if not word.isdigit() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no step; the first one is 1")
+    return int(word)
+
+
 def run(about: str, argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="distrl replay",
@@ -26,12 +33,12 @@ def run(about: str, argv: list[str]) -> int:
         "every step. Exit status 0 only where they do.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, as runs/demo")
-    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step")
+    parser.add_argument("--until", type=_step, metavar="STEP", help="stop after this step")
     options = parser.parse_args(argv)
     directory = RunDir(options.run.resolve())
     config = config_of(directory)
     next(recorded(directory.recording))  # a clear error before the models are loaded
-    total = min(length(directory.recording), options.until or 10**9)
+    total = min(length(directory.recording), options.until or sys.maxsize)
     with (
         tempfile.TemporaryDirectory(prefix="distrl-replay-") as scratch,
         stage_progress("Replay", total) as tick,

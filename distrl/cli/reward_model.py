@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from distrl.cli.checks import check_comparisons
 from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import check_claim, claimed, ensure_sft, make_reward_model, reward_stage
+from distrl.cli.stages import (
+    check_claim,
+    check_context,
+    claimed,
+    ensure_sft,
+    make_reward_model,
+    reward_stage,
+)
 
 
 def run(about: str, argv: list[str]) -> int:
@@ -14,6 +22,8 @@ def run(about: str, argv: list[str]) -> int:
         check_claim(options.config, resume=True, fresh=False)
         return 0
     with claimed(options.config, resume=True, fresh=False):
+        check_context(options.config)
+        check_comparisons(options.config)
         ensure_sft(options.config)
         make_reward_model(options.config, fresh=options.fresh)
     print(f"reward model: {reward_stage(options.config).folder / 'model'}")

@@ -59,13 +59,16 @@ def run(about: str, argv: list[str]) -> int:
     own, rest = _own_options().parse_known_args(argv)
     options = _options(own.source, about, rest)
     base = options.config.model_dump(mode="json")
+    points = list(_points(own.sweep))
+    configs = [validated(merged(base, _nested(point))) for point in points]
+    if own.out.exists() and not own.out.is_dir():
+        raise ConfigError(f"--out {own.out} is a file; name a folder")
     if options.dry_run:
         print(yaml.safe_dump(_shortened(base), sort_keys=False))
         return 0
-    points = list(_points(own.sweep))
     results = []
-    for point in track(points, "simulating", disable=len(points) < 2):
-        config = validated(merged(base, _nested(point)))
+    pairs = list(zip(points, configs, strict=True))
+    for point, config in track(pairs, "simulating", disable=len(pairs) < 2):
         results.append((point, *_run(config, audited=own.audit)))
     _show(results, Console())
     with writing("the figures", own.out, "simulate again, or name another --out"):
@@ -99,7 +102,7 @@ def _shortened(values: Any) -> Any:
     """Settings as people read them: of the many lengths of a run the range alone."""
     if isinstance(values, dict):
         return {name: _shortened(value) for name, value in values.items()}
-    if isinstance(values, list) and len(values) > SHOWN:
+    if isinstance(values, list) and len(values) > SHOWN and not isinstance(values[0], str):
         return f"{len(values):,} values of the run, {min(values):g} to {max(values):g}"
     return values
 

@@ -32,8 +32,27 @@ class Stage:
     settings: dict[str, Any]
 
     def finished(self) -> bool:
-        path = self.folder / "stage.json"
-        return path.exists() and json.loads(path.read_text()) == self.settings
+        return self._made_with() == self.settings
+
+    def _made_with(self) -> dict[str, Any] | None:
+        """The settings of what is there; None where nothing is finished, or nobody can tell."""
+        try:
+            found = json.loads((self.folder / "stage.json").read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def tell_of_newer(self, config: Config) -> None:
+        """Say so where a file of rows was written after the stage was made from it."""
+        made_s = (self.folder / "stage.json").stat().st_mtime
+        files = [Path(name) for name in (config.data.source, config.data.validation) if name]
+        for file in files:
+            if file.is_file() and file.stat().st_mtime > made_s:
+                print(
+                    f"{self.title}: {file} was written after that; to learn from what it holds "
+                    f"now, give 'distrl {self.folder.name} --fresh', or another --run.name",
+                    flush=True,
+                )
 
     def finish(self) -> None:
         temporary = self.folder / "stage.json.tmp"
@@ -42,9 +61,9 @@ class Stage:
 
     def clear(self) -> None:
         """Make room for another outcome; of one that was finished, say why it goes."""
-        path = self.folder / "stage.json"
-        if path.exists():
-            before, now = (flat(tree) for tree in (json.loads(path.read_text()), self.settings))
+        made_with = self._made_with()
+        if made_with is not None:
+            before, now = flat(made_with), flat(self.settings)
             names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
             changed = [f"{name} ({before.get(name)} -> {now.get(name)})" for name in names]
             why = f"other settings: {', '.join(changed)}" if changed else "--fresh"
@@ -137,29 +156,40 @@ def check_functions(config: Config) -> None:
 
 
 def check_context(config: Config) -> None:
-    """A `model.path` without whole weights, and prompt + response, or a training text, beyond its
-    positions: said now, not by the engine or after hours.
+    """A `model.path` without whole weights or of a kind that cannot be trained, and prompt +
+    response, or a training text, beyond its positions: said now, not by the engine or after hours.
 
     A new model's own context is checked with the configuration. Raises ConfigError, or ModelError
     where there is no model.
     """
-    from distrl.models.load import check_weights, positions
+    from distrl.models.load import check_kind, check_weights, positions, short_range
 
     folder = resolve_model(config.model.path)
     if folder is None:
         return
     context = positions(folder)
     check_weights(folder)
+    check_kind(folder)
     longest = max(config.sequence_tokens, config.generate.max_model_len or 0)
     if context is not None and longest > context:
         raise ConfigError(
             f"data.max_prompt_tokens + generate.max_new_tokens (or generate.max_model_len) = "
             f"{longest} is beyond the {context} positions of {folder}; shorten one"
         )
-    for name, tokens in (
+    texts = (
         ("sft.max_tokens", config.sft_tokens),
         ("reward_model.max_tokens", config.reward_model_tokens),
-    ):
+    )
+    whole = "data.max_prompt_tokens + generate.max_new_tokens (or generate.max_model_len)"
+    near = short_range(folder)
+    for name, tokens in ((whole, longest), *texts):
+        if near is not None and tokens > near:
+            raise ConfigError(
+                f"{name} = {tokens} is beyond the {near} positions up to which {folder} has one "
+                "set of rotary frequencies (longrope): what else is read with a sequence would "
+                "change its numbers, and engine and learner would disagree; shorten it"
+            )
+    for name, tokens in texts:
         if context is not None and tokens > context:
             raise ConfigError(
                 f"{name}={tokens} is beyond the {context} positions of {folder}; lower it, or "
@@ -177,6 +207,7 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
     stage = sft_stage(config)
     if stage.finished() and not fresh:
         print(f"SFT: finished before, reusing {stage.folder / 'policy'}", flush=True)
+        stage.tell_of_newer(config)
         return
     stage.clear()
     with _Progress(stage.title) as on_step:
@@ -223,6 +254,7 @@ def make_reward_model(config: Config, *, fresh: bool = False) -> None:
     stage = reward_stage(config)
     if stage.finished() and not fresh:
         print(f"Reward model: finished before, reusing {stage.folder / 'model'}", flush=True)
+        stage.tell_of_newer(config)
         return
     stage.clear()
     with _Progress(stage.title) as on_step:

@@ -113,10 +113,11 @@ def check_there_is_a_run(config: Config) -> None:
 def finished(config: Config, directory: RunDir) -> bool:
     """Whether all steps were taken, and the policy that came of the last one is written."""
     newest = max(Checkpoints(directory.checkpoints).committed(), default=0)
-    mark = directory.policy / META_FILE
-    return newest >= config.driver.steps and (
-        mark.exists() and json.loads(mark.read_text())["step"] == newest
-    )
+    try:
+        written = json.loads((directory.policy / META_FILE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):  # no mark, or it is damaged
+        return False
+    return newest >= config.driver.steps and written == newest
 
 
 def report(config: Config, summary: Summary) -> int:

@@ -22,6 +22,11 @@ def resolve(path: str, what: str) -> Callable[..., Any]:
             f"{what} {path!r}: cannot import {module_name} ({error}); install it, or put it "
             "into the working directory or a folder on PYTHONPATH, on every machine"
         ) from error
+    except Exception as error:  # of the module's own
+        raise ConfigError(
+            f"{what} {path!r}: {module_name} fails as it is imported: {type(error).__name__}: "
+            f"{error}"
+        ) from error
     function = getattr(module, name, None)
     if function is None:
         there = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]

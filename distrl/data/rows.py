@@ -7,7 +7,6 @@ DataError that begins with that place.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,10 +116,14 @@ def _messages(values: list[Any], name: str, where: str) -> Messages:
     return tuple(messages)
 
 
+LARGEST = 3.4e38
+"""Of float32's numbers."""
+
+
 def _is_number(value: Any) -> bool:
-    # The comparison is false for NaN and infinities, and for integers beyond any float.
+    # The comparison is false for NaN and infinities; ratings are kept in 32 bits.
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max
+    return is_real and abs(value) <= LARGEST
 
 
 def _check_unicode(value: str, name: str, where: str) -> None:

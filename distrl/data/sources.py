@@ -239,8 +239,14 @@ def _split_key(data: DataConfig, row: _FileRow) -> str:
     """What decides the split: the id, else the prompt, else all that the row has."""
     if data.id_column is not None:
         return row.row_id
-    key = _prompt(data, row) if data.prompt_column else row.columns
-    return key if isinstance(key, str) else json.dumps(key, sort_keys=True, default=str)
+    if not data.prompt_column:
+        return json.dumps(row.columns, sort_keys=True, default=str)
+    prompt = _prompt(data, row)
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":  # which a plain text stands for
+        return prompt[0]["content"]
+    return json.dumps(prompt, sort_keys=True, default=str)
 
 
 def _prompt(data: DataConfig, row: _FileRow) -> str | Messages:

@@ -161,6 +161,8 @@ class FileLedger(Ledger):
                 await asyncio.shield(writing)
             except asyncio.CancelledError:
                 await asyncio.wait({writing})  # the file is its thread's until that is done
+                if (error := writing.exception()) is not None:
+                    raise error from None
                 raise
 
     async def keep(self) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -43,6 +43,9 @@ T = TypeVar("T")
 
 SHUTDOWN_S = 5.0
 """The engine's processes get this long to end of themselves and free their shared memory."""
+
+LOOK_S = 0.5
+"""Seconds between looks whether the engine is alive, while it is asked for something."""
 
 PROBE_PRIORITY = -1
 """Before all samples (0): a sync must not last until the queue of prompts is empty."""
@@ -149,7 +152,7 @@ class VLLMGenerator:
     async def _release(self, gate: Gate) -> None:
         """Start a whole batch; each who waits gets its request, or the reason why not."""
         try:
-            outcomes = await self._add_all(gate)
+            outcomes = await self._or_death(self._add_all(gate))
         except Exception as error:  # whatever it was: nobody may wait for ever
             outcomes = dict.fromkeys(gate.waiting, error)
         for queued, outcome in outcomes.items():
@@ -236,6 +239,19 @@ class VLLMGenerator:
         except EngineDeadError as error:
             raise WorkerDied(f"{self.name}: the engine died: {error}") from error
 
+    async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` comes to, or WorkerDied once the engine's process is gone: what was asked of
+        it but requests, vLLM leaves without an answer then."""
+        working = asyncio.ensure_future(work)
+        try:
+            while not working.done():
+                await asyncio.wait({working}, timeout=LOOK_S)
+                if not working.done() and self.engine.errored:
+                    raise WorkerDied(f"{self.name}: the engine died")
+            return working.result()
+        finally:
+            working.cancel()
+
     def _decode(self, ids: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
@@ -269,7 +285,7 @@ class VLLMGenerator:
     async def _load(self, weights: Weights, offer: Offer | None) -> None:
         """Transfer, then the canary. Raises CanaryMismatch; its weights stay unproven then."""
         self._proven.clear()
-        await self._alive(self._transfer(weights, offer))
+        await self._or_death(self._alive(self._transfer(weights, offer)))
         gap = await self._alive(self._canary_gap(weights))
         if not gap <= self.sync.canary_tolerance:
             self._bad_loads += 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, zeros_like
 
 from distrl.algo import gae, group_advantages, masked_whiten
-from distrl.config import AdvantageConfig, resolve
+from distrl.config import AdvantageConfig, ConfigError, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,7 @@ ESTIMATORS: dict[str, Estimator] = {"gae": by_critic, "group": against_group, "r
 def estimate(outcome: Outcome, config: AdvantageConfig) -> Advantages:
     """The advantages that `config` asks for, whitened where it says so.
 
-    Raises ConfigError where it names a function that is not there, ValueError where that function
-    answers with another shape.
+    Raises ConfigError where it names a function that is not there, or answers with something else.
     """
     rewards_BT, mask_BT = outcome.rewards_BT, outcome.mask_BT
     if config.whiten_rewards:
@@ -90,8 +89,12 @@ def estimate(outcome: Outcome, config: AdvantageConfig) -> Advantages:
             samples=outcome.samples,
         )
     found = estimator(config.kind)(outcome, config)
+    if not isinstance(found, Advantages):
+        raise ConfigError(
+            f"learn.advantage.kind={config.kind} gave {type(found).__name__}; Advantages were due"
+        )
     if found.advantages.shape != mask_BT.shape:
-        raise ValueError(
+        raise ConfigError(
             f"learn.advantage.kind={config.kind} gave advantages of shape "
             f"{tuple(found.advantages.shape)}; {tuple(mask_BT.shape)} was due"
         )

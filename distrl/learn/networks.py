@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +14,15 @@ from transformers import PreTrainedModel
 from distrl.config import LearnConfig
 from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.forward import PolicyModel
+from distrl.learn.names import CheckpointNames
 from distrl.learn.ranks import ALONE, Ranks
 from distrl.models.compiling import compile_layers
 from distrl.models.heads import ScalarModel
-from distrl.models.load import ModelError, as_dtype, load_policy
+from distrl.models.load import ModelError, after_head, as_dtype, load_policy
 from distrl.models.lora import Adapter, Merged, add_adapter, merged_tensors, without_adapter
-from distrl.models.names import CheckpointNames
 from distrl.models.packing import pack
 from distrl.models.sharding import checkpoint_activations, shard
 from distrl.sync.memory import Weight
-
-AFTER_HEAD = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
-"""What configurations call something that is done to logits."""
 
 PROBE = 8
 """Tokens whose logits are compared with what the head makes of the last states."""
@@ -156,20 +146,17 @@ def check_head(policy: PreTrainedModel, folder: Path) -> None:
     """ModelError where logits are more than the output head's: the learner reads the head alone,
     and would disagree with the engine."""
     head, config = policy.get_output_embeddings(), policy.config.get_text_config()
-    if not isinstance(head, nn.Linear):
-        raise ModelError(f"the policy in {folder} has no plain linear output head")
-    found = [f"{name}={getattr(config, name)}" for name in AFTER_HEAD if _acts(config, name)]
+    if not isinstance(head, nn.Linear) or policy.base_model is policy:
+        raise ModelError(f"the policy in {folder} has no plain linear output head on a body")
+    found = after_head(config)
     ids_1L = torch.linspace(0, head.out_features - 1, PROBE).long()[None]
     states_1LD = policy.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state
     logits_1LV = policy(input_ids=ids_1L, use_cache=False).logits
-    if not found and torch.allclose(head(states_1LD), logits_1LV, rtol=1e-4, atol=1e-4):
+    alike = torch.allclose(head(states_1LD), logits_1LV, rtol=1e-4, atol=1e-4, equal_nan=True)
+    if not found and alike:
         return
     raise ModelError(
         f"the policy in {folder} does something to its logits after the head "
         f"({', '.join(found) or 'they are not what the head makes of the last states'}), which the "
         "learner does not know; choose another model"
     )
-
-
-def _acts(config: Any, name: str) -> bool:
-    return getattr(config, name, None) not in (None, 1, 1.0)

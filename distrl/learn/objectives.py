@@ -21,7 +21,7 @@ from distrl.algo import (
     policy_gradient,
     sequence_surrogate,
 )
-from distrl.config import ObjectiveConfig, resolve
+from distrl.config import ConfigError, ObjectiveConfig, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,19 @@ BUILT_IN: dict[str, Objective] = {
     "kl_penalty": kl_penalty,
     "policy_gradient": plain,
 }
+
+
+def surrogate(tokens: Tokens, config: ObjectiveConfig) -> Surrogate:
+    """What the objective that `config` names makes of `tokens`. Raises ConfigError where it is not
+    there, or answers with something else."""
+    found = objective(config.kind)(tokens, config)
+    if not isinstance(found, Surrogate) or found.loss.shape != tokens.mask.shape:
+        was = tuple(found.loss.shape) if isinstance(found, Surrogate) else type(found).__name__
+        raise ConfigError(
+            f"learn.objective.kind={config.kind} gave {was}; a Surrogate with a loss for each "
+            f"token, of shape {tuple(tokens.mask.shape)}, was due"
+        )
+    return found
 
 
 def objective(kind: str) -> Objective:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -32,7 +32,7 @@ from distrl.data.reviews import Split
 from distrl.data.rows import Messages
 from distrl.data.sources import Comparison, load_comparisons, load_prompts
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
-from distrl.learn.loop import Loss, OnStep, train
+from distrl.learn.loop import Loss, OnStep, TrainingFailed, train
 from distrl.learn.report import write_report
 from distrl.learn.reward_report import Agreement, agreement, draw_pairs, plot_agreement
 from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
@@ -113,7 +113,12 @@ def run_reward_model(
             crew=crew,
         )
     quality = judge(model, held_out, seed)
-    gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
+    try:
+        gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
+    except ValueError as error:
+        raise TrainingFailed(
+            f"the reward model cannot be put on a scale: {error}. Are its ratings any different?"
+        ) from error
     model.normalise(float(gain), float(bias))
     report = RewardReport(
         steps=trained.steps,
@@ -142,9 +147,21 @@ def comparisons(config: Config, split: Split) -> list[Comparison]:
     """The rows of a split that a reward model is trained or judged on. Raises DataError."""
     settings = config.reward_model
     limit = settings.max_examples if split == "train" else None
-    return load_comparisons(
+    rows = load_comparisons(
         config.data, split, group=settings.group, seed=config.run.seed, limit=limit
     )
+    if split == "train":
+        _check_gap((np.asarray(row.ratings, np.float32) for row in rows), settings.min_gap)
+    return rows
+
+
+def _check_gap(ratings: Iterable[Float32s], gap: float) -> None:
+    """DataError where no two responses of a group are rated far enough apart to learn from."""
+    if not any(pairs_of(ratings_K, gap)[0] for ratings_K in ratings):
+        raise DataError(
+            f"no two responses to one prompt are rated reward_model.min_gap={gap:g} or more apart "
+            "in the train rows, so there is nothing to learn; lower it"
+        )
 
 
 def read_groups(
@@ -162,13 +179,9 @@ def read_groups(
             f"{split} rows before it differs from the others to its prompt, so there is nothing "
             "to learn; raise it (empty: data.max_prompt_tokens + generate.max_new_tokens)"
         )
-    gap = config.reward_model.min_gap
-    if split == "train" and not any(pairs_of(group.ratings_K, gap)[0] for group in groups):
-        raise DataError(
-            f"no two responses to one prompt are rated reward_model.min_gap={gap:g} or more apart "
-            "in the train rows, so there is nothing to learn; lower it"
-        )
-    if split != "train":
+    if split == "train":
+        _check_gap((group.ratings_K for group in groups), config.reward_model.min_gap)
+    else:
         _, ratings_N, prompts = _flat(groups)
         draw_pairs(ratings_N, prompts, config.run.seed)
     return groups, cut, alike
@@ -285,12 +298,12 @@ def _flat(groups: Sequence[Group]) -> tuple[list[Int32s], Float32s, list[str]]:
 def reference_samples(
     config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Int32s]:
-    """Reward inputs sampled from the policy as RL will sample them: one response each to
-    `reference_prompts` training prompts drawn by seed."""
+    """Reward inputs sampled from the policy as RL will sample them: responses to
+    `reference_prompts` training prompts drawn by seed, one each where there are so many."""
     eos, seed = eos_id(tokenizer), config.run.seed
     prompts = load_prompts(config.data, tokenizer, "train")
     order = np.random.default_rng(seed).permutation(len(prompts))
-    chosen = [prompts[i].token_ids for i in order[: config.reward_model.reference_prompts]]
+    chosen = [prompts[i].token_ids for i in np.resize(order, config.reward_model.reference_prompts)]
     responses = sample(
         policy,
         chosen,

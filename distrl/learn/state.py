@@ -110,7 +110,10 @@ class _Saved:
     def __enter__(self) -> _Saved:
         for file in _files(self._path):
             opened = self._stack.enter_context(safe_open(file, framework="pt"))
-            layout = json.loads((opened.metadata() or {}).get("layout", "{}"))
+            about = opened.metadata() or {}
+            # An earlier version had an entry of its own for it.
+            before = {"first_rows": json.loads(about.get("first_rows", "{}"))}
+            layout = json.loads(about["layout"]) if "layout" in about else before
             self._files.append((opened, layout.get("first_rows", {})))
             self.weights = layout.get("weights")
         return self

@@ -27,7 +27,7 @@ from distrl.learn.forward import (
     response_values,
 )
 from distrl.learn.networks import Networks
-from distrl.learn.objectives import Tokens, objective
+from distrl.learn.objectives import Tokens, surrogate
 from distrl.learn.opening import Opening
 from distrl.learn.prepare import Prepared
 from distrl.learn.ranks import ALONE, Load, Ranks
@@ -219,8 +219,8 @@ class Update:
             mask=known.kept,
             penalty=prices.penalty,
         )
-        surrogate = objective(config.kind)(tokens, config)
-        per_token = known.weights * surrogate.loss
+        found = surrogate(tokens, config)
+        per_token = known.weights * found.loss
         if config.entropy_bonus:
             per_token = per_token - config.entropy_bonus * entropy
         if prices.kl:
@@ -229,7 +229,7 @@ class Update:
         moved = kl_estimate(known.proximal, logprobs.detach(), "k3")
         return (
             (micro.shares * per_token).sum(),
-            (micro.means * surrogate.clipped).sum(),
+            (micro.means * found.clipped).sum(),
             (micro.means * moved).sum(),
             states,
         )

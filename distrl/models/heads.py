@@ -161,6 +161,10 @@ class ScalarModel(nn.Module):
             model = cls(body, width=head["weight"].shape[1])
             model.head.load_state_dict(head)
             model.normalise(meta["gain"], meta["bias"])
+            with torch.no_grad():
+                model.eval()(
+                    torch.zeros((1, 1), dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+                )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"{folder} holds no reward model ({error}); make one with 'distrl reward-model'"

@@ -146,6 +146,49 @@ def positions(folder: Path) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+AFTER_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+"""What configurations call something that is done to logits."""
+
+
+def after_head(config: Any) -> list[str]:
+    """What a model's configuration says of its logits, beyond what the head makes of them."""
+    values = {name: getattr(config, name, None) for name in AFTER_HEAD}
+    return [f"{name}={value}" for name, value in values.items() if value not in (None, 1, 1.0)]
+
+
+def check_kind(folder: Path) -> None:
+    """ModelError where a policy of such a kind cannot be trained; no weight is read."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"no policy can be made of {folder}: {error}") from error
+    if found := after_head(config.get_text_config()):
+        raise ModelError(
+            f"the policy in {folder} does something to its logits after the head "
+            f"({', '.join(found)}), which the learner does not know; choose another model"
+        )
+
+
+def short_range(folder: Path) -> int | None:
+    """Positions up to which rotary frequencies are the same in each pass; None: all of them. Beyond
+    it, `longrope` takes others, by the longest sequence of a pass (Ding et al. 2024), and engines
+    by the longest that they may be asked for."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    before = getattr(config, "original_max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings") or before
+
+
 def checked_folder(folder: Path | str) -> Path:
     """`folder`, if it is one with a config.json; ModelError says what is missing otherwise."""
     folder = Path(folder)

@@ -111,6 +111,8 @@ def pack(model: PreTrainedModel) -> bool:
     try:
         wanted_ND = _tried(model)
         model.set_attn_implementation(PACKED)
+        if not is_packed(model):  # some have an attention of their own, and keep it
+            raise ValueError("it takes no other attention than its own")
         _compare(model, wanted_ND)
     except (TypeError, ValueError, RuntimeError) as error:
         log.warning("%s cannot read without pads: %s", type(model).__name__, error)

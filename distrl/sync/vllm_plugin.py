@@ -10,7 +10,9 @@ engine starts would leave it waiting for five minutes.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -23,6 +25,11 @@ OURS = {
 }
 """Modules and classes of the transports that vLLM has to be told of."""
 
+RELOADS = "vllm.model_executor.model_loader.reload.layerwise"
+"""Who tells of layers that a load brought nothing for."""
+
+ROTARY = re.compile(r"Rotary\w*: Failed to load weights")
+
 DIE_WITH_PARENT = "DISTRL_ENGINE_DIES_WITH_PARENT"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -34,7 +41,13 @@ def register() -> None:
     for transport, where in OURS.items():
         if BACKENDS[transport] not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(BACKENDS[transport], *where)
+    logging.getLogger(RELOADS).addFilter(_is_news)
     end_with_starter()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Rotary embeddings have tables and no weights, which each load would warn of."""
+    return not ROTARY.search(record.getMessage())
 
 
 def end_with_starter() -> None:

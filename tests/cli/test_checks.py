@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import BloomConfig, GraniteConfig, Phi3Config
 
 from distrl.cli import main
 from distrl.cli.checks import check_models, check_rows, check_what_is_there, known_policy
+from distrl.cli.stages import check_context
 from distrl.cli.train import prepare_stages, write_pretrain
-from distrl.config import Config, ConfigError
+from distrl.config import Config, ConfigError, dump_yaml
 from distrl.data.errors import DataError
 from distrl.data.reviews import split_of
 from distrl.data.tokenizer import load_tokenizer
@@ -256,6 +259,73 @@ def test_a_bad_row_is_told_before_the_first_stage(
     config = spoilt(recipe, tmp_path / "rows.jsonl", place, **columns)
     with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: .*{cause}"):
         prepare_stages(config, fresh=False)
+
+
+def test_a_bad_rating_is_told_before_the_stage_that_it_is_not_of(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = first_of("train", rated())
+    config = spoilt(recipe, tmp_path / "rows.jsonl", place, ratings=[1])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_yaml(config))
+    assert main(["reward-model", "--config", str(path)]) == 1
+    assert f"rows.jsonl:{place + 1}: " in capsys.readouterr().err
+
+
+def test_ratings_that_are_all_alike_are_told_without_a_tokenizer(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [row | {"ratings": [1, 1]} for row in rated()]
+    recipe |= {"data": rows_at(tmp_path / "rows.jsonl", *rows), "score": {}, "model": {}}
+    with pytest.raises(DataError, match="no two responses to one prompt are rated"):
+        check_rows(Config.model_validate(recipe))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}, "logits_scaling=8.0.*choose another model"),
+        (BloomConfig, {"n_head": 4, "n_layer": 1}, "no policy can be made of .*bloom"),
+        (
+            Phi3Config,
+            {
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+            "beyond the 32 positions up to which .*longrope.*shorten it",
+        ),
+    ],
+)
+def test_kinds_of_models_that_cannot_be_trained(
+    recipe: dict[str, Any],
+    tiny_policy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: Any,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    """Their weights are not read: those of the tiny policy stand for them."""
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"pad_token_id": 0, "max_position_embeddings": 256}
+    folder = tmp_path / kind.model_type
+    shutil.copytree(tiny_policy, folder)
+    kind(**(sizes | settings)).save_pretrained(folder)
+    recipe["model"] = {"path": str(folder)}
+    assert re.search(message, refused(recipe, tmp_path, capsys), re.DOTALL)
+    if kind is Phi3Config:
+        recipe["data"] = {"max_prompt_tokens": 12}
+        recipe["generate"] = {"max_new_tokens": 20}
+        recipe |= {"sft": {"max_tokens": 32}, "reward_model": {"max_tokens": 32}}
+        check_context(Config.model_validate(recipe))
 
 
 def longer_in(split: str) -> str:

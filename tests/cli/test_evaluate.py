@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distrl.checkpoint import CheckpointError, Checkpoints, RunDir
 from distrl.cli import main
 from distrl.cli.evaluate import candidate, plot
 from distrl.config import Config, ConfigError, dump_yaml
+from distrl.data.tokenizer import load_tokenizer
 from distrl.learn.learner import PolicyLearner
 from distrl.metrics import JSONLSink
 from distrl.models.load import ModelError, load_policy
@@ -120,3 +122,30 @@ def test_what_the_run_was_made_with_holds(
     assert "temperature: 0.9" in capsys.readouterr().out
     wide = "--driver.window", "64"  # which the defaults, without that bound, would refuse
     assert main(["evaluate", "--dry-run", *words, *wide]) == 0
+
+
+def test_a_preset_does_not_undo_what_the_run_was_made_with(
+    tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config_of(tmp_path, tiny_policy)
+    RunDir(made.run.dir).create(dump_yaml(made)).close()
+    words = ["--run.root", str(made.run.root), "--run.name", made.run.name]
+    assert main(["evaluate", "--dry-run", *words, "--preset", "smollm2"]) == 0
+    said = capsys.readouterr().out
+    found = Config.model_validate(yaml.safe_load(said[: said.index("What follows from it")]))
+    assert found.model.path == made.model.path and found.generate == made.generate
+
+
+def test_a_policy_of_another_tokenizer_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    config = config_of(tmp_path, tiny_policy)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_policy, other)
+    tokenizer = load_tokenizer(tiny_policy)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    chosen = with_policy(config, str(other))
+    with (
+        pytest.raises(ConfigError, match="has another tokenizer than the one in"),
+        candidate(chosen, RunDir(config.run.dir)),
+    ):
+        pass

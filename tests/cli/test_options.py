@@ -57,6 +57,8 @@ def test_what_is_no_json_is_shown() -> None:
         options("--learn.lora.targets", '["q_proj"')
     with pytest.raises(ConfigError, match=r"^\[\{name: short\}\]: this is no JSON \("):
         options("--score.parts", "[{name: short}]")
+    with pytest.raises(ConfigError, match=r"^--learn\.adam_betas=\[0\.9,0\.99: this is no JSON"):
+        options("--learn.adam_betas=[0.9,0.99")
 
 
 def test_values_of_every_kind() -> None:

@@ -62,7 +62,8 @@ def test_gpus_are_missed_before_the_first_stage(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("distrl.learn.sft.run_sft", lambda *_: pytest.fail("SFT was begun"))
     assert main(["train", "--run.root", str(tmp_path), "--learn.gpus", "1"]) == 1
-    assert "a learner, which asks for 1 CPU, 1 GPU" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "needs 1 GPUs (1 learner(s) x 1), and this machine has 0; lower learn.gpus" in said
 
 
 def test_a_checkpoint_with_too_short_a_context(

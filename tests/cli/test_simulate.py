@@ -41,6 +41,25 @@ def test_a_dry_run_prints_the_range_of_many_values(tmp_path, capsys):
     assert main(["simulate", "--dry-run", "--simulate.lengths", many]) == 0
     said = capsys.readouterr().out
     assert "1,000 values of the run, 5 to 1004" in said and len(said.splitlines()) < 400
+    names = json.dumps([f"layer_{place}" for place in range(30)])
+    assert main(["simulate", "--dry-run", "--learn.lora.targets", names]) == 0
+
+
+def test_what_cannot_be_simulated_is_told_before_anything_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distrl.cli.simulate.simulate", lambda *_: pytest.fail("simulated"))
+    out = tmp_path / "out"
+    assert main(["simulate", *SMALL, "--out", str(out), "--sweep", "generators=1,2,0"]) == 2
+    assert "generate.workers" in capsys.readouterr().err
+    out.write_text("a file")
+    assert main(["simulate", *SMALL, "--out", str(out)]) == 2
+    assert f"--out {out} is a file" in capsys.readouterr().err
+
+
+def test_a_replay_has_a_first_step(tmp_path, capsys):
+    for step in ("0", "-3", "x"):
+        with pytest.raises(SystemExit):
+            main(["replay", str(tmp_path), f"--until={step}"])
+        assert "is no step; the first one is 1" in capsys.readouterr().err
 
 
 def test_faults_and_auto_by_the_settings(tmp_path):

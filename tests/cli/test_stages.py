@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,32 @@ def test_a_stage_that_was_cut_short_is_made_again(
     assert sft_stage(config(tmp_path)).finished()
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"model"'])
+def test_a_damaged_mark_is_no_finished_stage(made: list[str], tmp_path: Path, content: str) -> None:
+    both(config(tmp_path))
+    (tmp_path / "r" / "sft" / "stage.json").write_text(content)
+    made.clear()
+    ensure_sft(config(tmp_path))
+    assert made == ["sft"] and sft_stage(config(tmp_path)).finished()
+
+
+def test_rows_that_were_written_since_are_told_of(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    settings = config(tmp_path, data={"source": str(rows)})
+    os.utime(rows, (1, 1))
+    both(settings)
+    both(settings)
+    assert "was written after that" not in capsys.readouterr().out
+    os.utime(rows)
+    os.utime(tmp_path / "r" / "sft" / "stage.json", (2, 2))
+    both(settings)
+    said = capsys.readouterr().out
+    assert f"SFT: {rows} was written after that" in said and "'distrl sft --fresh'" in said
+
+
 def test_the_settings_are_kept_for_people_to_read(made: list[str], tmp_path: Path) -> None:
     both(config(tmp_path))
     kept = json.loads((tmp_path / "r" / "reward-model" / "stage.json").read_text())
@@ -231,6 +258,23 @@ def test_two_processes_do_not_share_a_run_directory(
             claimed(config(tmp_path), resume=True, fresh=False)
     assert made == []
     assert "in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["def f(:\n", "import math\n\nmath.nothing\n"])
+def test_a_module_that_fails_as_it_is_imported(
+    made: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"fails_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    run = ["--run.name", "r", "--run.root", str(tmp_path), "--learn.value.start", "policy"]
+    parts = f'[{{"name": "r", "function": "{name}:f"}}]'
+    assert main(["train", *run, "--score.parts", parts]) == 2
+    assert f"{name} fails as it is imported: " in capsys.readouterr().err and made == []
 
 
 @pytest.mark.parametrize(

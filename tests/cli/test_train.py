@@ -66,9 +66,10 @@ def test_a_finished_run_has_nothing_to_go_on_with(
 
 def test_a_policy_of_an_earlier_end_is_not_the_last_one(ended: list[str], tmp_path: Path) -> None:
     """The run was given more steps, and killed between its last checkpoint and its export."""
-    (tmp_path / "r" / "policy" / META_FILE).write_text('{"step": 2}')
-    with pytest.raises(pytest.fail.Exception, match="it began"):
-        main(["train", *ended, "--resume"])
+    for mark in ('{"step": 2}', "", "{}", "null"):  # or it is damaged
+        (tmp_path / "r" / "policy" / META_FILE).write_text(mark)
+        with pytest.raises(pytest.fail.Exception, match="it began"):
+            main(["train", *ended, "--resume"])
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,17 @@ def test_responses_are_two_texts_or_more(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, [1], [1, 2, 3], [1, "2"], [1, True], [1, float("nan")], [1, float("inf")], [1, 10**400]],
+    [
+        None,
+        [1],
+        [1, 2, 3],
+        [1, "2"],
+        [1, True],
+        [1, float("nan")],
+        [1, float("inf")],
+        [1, 10**400],
+        [1, 1e39],
+    ],
 )
 def test_ratings_are_one_finite_number_a_response(value: Any) -> None:
     with pytest.raises(DataError, match=r"f:7: "):

@@ -146,6 +146,16 @@ def test_the_same_chat_is_in_one_split_however_it_is_written(write_rows) -> None
     assert sum(map(len, splits)) == 600 and sum(map(len, prompts)) == 200
 
 
+def test_a_plain_prompt_is_in_one_split_with_chat_and_without(write_rows) -> None:
+    """So a run goes on with the rows that it held out, and two runs may share a reward model."""
+    path = write_rows(*numbered(200))
+    for split in SPLITS:
+        plain, chat = (
+            load_demonstrations(config(path, chat=chat), split) for chat in (False, True)
+        )
+        assert [row.row_id for row in plain] == [row.row_id for row in chat]
+
+
 def test_file_splits_by_id_column(write_rows) -> None:
     path = write_rows(*({"id": i // 2, **row} for i, row in enumerate(numbered(200))))
     splits = [load_demonstrations(config(path, id_column="id"), split) for split in SPLITS]

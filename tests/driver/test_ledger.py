@@ -289,6 +289,27 @@ def test_a_flush_that_is_cancelled_is_waited_for(tmp_path, monkeypatch):
     assert query(tmp_path / "ledger.sqlite", "SELECT what FROM events") == [("began",)]
 
 
+def test_a_flush_that_is_cancelled_and_fails_says_so(tmp_path, monkeypatch):
+    """What it was to write is in no queue any more."""
+    ledger = FileLedger(LedgerFile(tmp_path / "ledger.sqlite"), time.monotonic)
+
+    def fails(*rows):
+        time.sleep(0.1)
+        raise LedgerError("the disk is full")
+
+    async def end_of_a_run():
+        flushing = asyncio.ensure_future(ledger.flush())
+        await asyncio.sleep(0.02)
+        flushing.cancel()
+        with pytest.raises(LedgerError, match="the disk is full"):
+            await flushing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_write", fails)
+        asyncio.run(end_of_a_run())
+    ledger.close()
+
+
 def test_spans_survive_as_text():
     spans = (VersionSpan(version=3, start=0, end=17), VersionSpan(version=4, start=17, end=40))
     assert spans_text(spans) == "3:0-17 4:17-40"

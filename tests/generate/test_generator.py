@@ -273,6 +273,25 @@ async def test_the_engines_death_is_told_to_all_who_wait(engine, policies):
             await engine.load_weights(policies.publish(11))
 
 
+async def test_an_engine_that_dies_in_a_load_is_missed_at_once(engine, policies, monkeypatch):
+    """vLLM leaves what was asked of it, but requests, without an answer."""
+    await engine.restart()
+    await engine.load_weights(policies.publish(14))
+    children = psutil.Process().children()
+    (core,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    update = engine.engine.update_weights
+
+    async def and_die(request):
+        core.suspend()
+        asyncio.get_running_loop().call_later(0.5, core.kill)
+        await update(request)
+
+    monkeypatch.setattr(engine.engine, "update_weights", and_die)
+    async with asyncio.timeout(30):
+        with pytest.raises(WorkerDied, match="the engine died"):
+            await engine.load_weights(policies.publish(15))
+
+
 async def test_a_restarted_engine_serves_nothing_before_the_runs_weights(engine, policies):
     """It starts from the checkpoint, which is not what the learner has by now."""
     await engine.hold(5)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from distrl.config import AdvantageConfig, ConfigError, LearnConfig
+from distrl.algo import Surrogate
+from distrl.config import AdvantageConfig, ConfigError, LearnConfig, ObjectiveConfig
 from distrl.learn.advantages import Outcome, estimate, estimator
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import to_experience
 from distrl.learn.forward import PolicyModel, response_logprobs
 from distrl.learn.networks import Networks
-from distrl.learn.objectives import objective
+from distrl.learn.objectives import Tokens, objective, surrogate
 from distrl.learn.optimizer import TFAdamW
 from distrl.learn.pretrain import Examples, save_examples
 from distrl.learn.update import minibatches, pretrain_backward
@@ -194,6 +195,29 @@ def test_names_that_are_not_there_are_refused_with_the_fix():
     config = AdvantageConfig(kind="tests.learn.test_algorithms:misshapen")
     with pytest.raises(ValueError, match=r"gave advantages of shape \(6, 1\); \(6, 4\) was due"):
         estimate(outcome(), config)
+
+
+def test_what_an_own_objective_answers_is_looked_at():
+    nothing = torch.zeros(2, 3)
+    tokens = Tokens(
+        logprobs=nothing, old=nothing, advantages=nothing, mask=nothing > -1, penalty=1.0
+    )
+    here = "tests.learn.test_algorithms"
+    for name, was in (("a_number", "Tensor"), ("too_short", r"\(2, 1\)")):
+        with pytest.raises(ConfigError, match=rf"kind={here}:{name} gave {was}; a Surrogate"):
+            surrogate(tokens, ObjectiveConfig(kind=f"{here}:{name}"))
+    with pytest.raises(ConfigError, match=rf"{here}:a_number gave Tensor; Advantages were due"):
+        estimate(outcome(), AdvantageConfig(kind=f"{here}:a_number"))
+    assert surrogate(tokens, ObjectiveConfig()).loss.shape == (2, 3)
+
+
+def a_number(tokens, config):
+    return torch.zeros(())
+
+
+def too_short(tokens, config):
+    nothing = torch.zeros(2, 1)
+    return Surrogate(loss=nothing, clipped=nothing, ratio=nothing)
 
 
 def misshapen(made, config):

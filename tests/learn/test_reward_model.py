@@ -263,3 +263,18 @@ def test_the_scale_is_mean_0_and_deviation_1_on_the_policy_s_samples(trained, co
     scores_N = score_rows(ScalarModel.load(out / "model"), samples)
     assert scores_N.mean() == pytest.approx(0, abs=1e-4)
     assert scores_N.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_few_prompts_are_sampled_more_than_once(config, policy, tmp_path):
+    """One would give one score, which is no scale."""
+    values = config.model_dump()
+    row = {"prompt": "Film", "responses": [" good", " bad"], "ratings": [2, 1]}
+    for name in ("source", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        values["data"][name] = str(tmp_path / f"{name}.jsonl")
+    values["data"]["limit"] = None
+    one = Config.model_validate(values)
+    samples = reference_samples(one, load_policy(policy), load_tokenizer(policy))
+    assert len(samples) == one.reward_model.reference_prompts
+    assert len({ids.tobytes() for ids in samples}) > 1
+    assert run_reward_model(one, policy, tmp_path / "out").gain > 0

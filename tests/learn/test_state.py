@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from distrl.learn.state import (
@@ -50,6 +53,18 @@ def test_a_module_of_another_shape_is_refused(tmp_path):
         load_module(Tied(width=8), tmp_path / "m.safetensors")
     with pytest.raises(StateMismatch, match=r"other tensors: .*embedding"):
         load_module(nn.Linear(2, 2), tmp_path / "m.safetensors")
+
+
+def test_halves_that_an_earlier_version_wrote_are_put_together(tmp_path):
+    """It had an entry of its own for where a rank's rows begin."""
+    whole = torch.arange(24.0).view(6, 4)
+    for rank, first in enumerate((0, 3)):
+        about = {"first_rows": json.dumps({"weight": first})} if first else {}
+        part = {"weight": whole[first : first + 3].contiguous()}
+        save_file(part, tmp_path / f"m.{rank:05d}-of-00002.safetensors", about)
+    module = nn.Linear(4, 6, bias=False)
+    load_module(module, tmp_path / "m.safetensors")
+    assert torch.equal(module.weight, whole)
 
 
 def test_an_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from distrl.config import ModelConfig
@@ -148,6 +149,10 @@ def test_a_folder_that_is_no_reward_model_is_named(tmp_path, policy, tokenizer, 
         ScalarModel.load(tmp_path / "policy")
     model.save(tmp_path / "rm", tokenizer, {})
     (tmp_path / "rm" / "head.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="no reward model"):
+        ScalarModel.load(tmp_path / "rm")
+    other = {"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}
+    save_file(other, tmp_path / "rm" / "head.safetensors")
     with pytest.raises(ModelError, match="no reward model"):
         ScalarModel.load(tmp_path / "rm")
 

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from distrl.models import compiling
 from distrl.models.compiling import compile_layers
-from distrl.models.packing import PACKED, pack, token_states
+from distrl.models.packing import PACKED, is_packed, pack, token_states
 from distrl.models.sharding import shard
 
 pytestmark = pytest.mark.usefixtures("without_kernel")  # which rounds otherwise than torch's
@@ -151,6 +151,12 @@ def test_models_whose_tokens_see_less_or_more_keep_their_pads(kind, more, ids_BL
     assert model.config._attn_implementation == "sdpa"
     after, _ = read(model, ids_BL, chosen_BL())
     assert torch.equal(before, after)
+
+
+def test_a_model_that_keeps_its_own_attention_is_not_called_packed():
+    config = FalconConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).eval()
+    assert not pack(model) and not is_packed(model)
 
 
 def test_a_model_that_carries_something_along_is_found_out(caplog):

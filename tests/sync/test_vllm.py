@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
@@ -35,6 +36,20 @@ def test_the_plugin_is_found_by_vllm_and_registers_once(monkeypatch):
     assert registered == ["distrl_shm", "distrl_gloo"]
     engines = [WeightTransferEngineFactory._registry[name]().__name__ for name in registered]
     assert engines == ["SharedMemoryTransfer", "GlooTransfer"]
+
+
+def test_tables_without_weights_are_no_news():
+    vllm_plugin.register()
+    logger = logging.getLogger(vllm_plugin.RELOADS)
+
+    def passes(message):
+        record = logger.makeRecord(
+            logger.name, logging.WARNING, "f", 1, "%s: Failed to load weights", (message,), None
+        )
+        return bool(logger.filter(record))
+
+    assert passes("QKVParallelLinear")
+    assert not passes("RotaryEmbedding") and not passes("Llama3RotaryEmbedding")
 
 
 class Model:

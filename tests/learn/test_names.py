@@ -17,8 +17,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from distrl.learn.names import CheckpointNames, Part
 from distrl.models.load import ModelError
-from distrl.models.names import CheckpointNames, Part
 from distrl.sync.memory import whole
 
 SIZES: dict[str, Any] = {
@@ -85,6 +85,6 @@ def test_weights_that_a_checkpoint_puts_together_are_refused(
             state if len(state) == 1 else {"all": torch.cat([x.view(-1) for x in state.values()])}
         )
 
-    monkeypatch.setattr("distrl.models.names.revert_weight_conversion", together)
+    monkeypatch.setattr("distrl.learn.names.revert_weight_conversion", together)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM are put together.*another model"):
         CheckpointNames(model_of(LlamaConfig(**SIZES)))
