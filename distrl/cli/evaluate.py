@@ -31,6 +31,7 @@ from distrl.evaluate.report import NothingToPlot, plot_reward_vs_kl, print_repor
 from distrl.generate.engine import EngineSpec
 from distrl.generate.generator import VLLMGenerator
 from distrl.learn.learner import PolicyLearner
+from distrl.learn.names import CheckpointNames
 from distrl.models import load_policy
 from distrl.models.load import checked_folder
 from distrl.records import Prompt
@@ -166,6 +167,7 @@ async def _compare(config: Config, before: Path, after: Path, prompts: list[Prom
             weights = publish_model(
                 model,
                 publisher,
+                state=CheckpointNames(model).of(model.state_dict()),
                 version=version,
                 vocab=len(generator.tokenizer),
                 probe_tokens=config.sync.canary_tokens,

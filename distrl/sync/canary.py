@@ -62,11 +62,13 @@ def publish_model(
     version: int,
     vocab: int,
     probe_tokens: int,
+    state: Mapping[str, Weight] | None = None,
     together: Together = in_turn,
 ) -> Weights:
-    """`publish` of a model of transformers, on a probe of the first `vocab` ids."""
+    """`publish` of a model of transformers, on a probe of the first `vocab` ids. state: its
+    weights, where an engine knows them by other names than the model does."""
     return publish(
-        model.state_dict(),
+        model.state_dict() if state is None else state,
         publisher,
         version=version,
         probe=probe_ids(vocab, probe_tokens),
