@@ -67,13 +67,14 @@ def evaluate(config: Config) -> Comparison:
     before = policy_folder(config)
     with candidate(config, directory) as (name, after):
         prompts = held_out_prompts(config, before)
+        label = "PPO" if config.evaluate.policy is None else name
         print(
             f"evaluating on {len(prompts)} held-out prompts (vLLM takes half a minute)", flush=True
         )
         log = directory.logs / "evaluator.log"
         try:
             with output_to(log):
-                comparison = asyncio.run(_compare(config, before, after, prompts))
+                comparison = asyncio.run(_compare(config, before, (label, after), prompts))
         except EngineFailed as error:
             raise WorkerDied(f"{error}\n{tail(log)}") from error
     print_report(comparison, config.evaluate.samples_shown)
@@ -151,18 +152,22 @@ def held_out_prompts(config: Config, policy: Path) -> list[Prompt]:
     return [_prompt(index, rows[place]) for index, place in enumerate(drawn)]
 
 
-async def _compare(config: Config, before: Path, after: Path, prompts: list[Prompt]) -> Comparison:
+async def _compare(
+    config: Config, before: Path, after: tuple[str, Path], prompts: list[Prompt]
+) -> Comparison:
     reward_model = reward_model_folder(config)
     scoring = with_default_part(config.score, reward_model or before)
     scorer = LocalScorer(scoring, load_tokenizer(before))
     judge = resolve_judge(config.evaluate.judge) if config.evaluate.judge else None
+    if judge is not None:
+        judge("A text to try it on, before an engine is started.")
     here = config.sync.model_copy(update={"transport": "shm"})  # there is no learner to send
     generator = VLLMGenerator("evaluator", _spec(config, before), here)
     publisher = SharedMemoryPublisher()
     try:
         await generator.start()
         evaluations = []
-        for version, (name, folder) in enumerate([("SFT", before), ("PPO", after)]):
+        for version, (name, folder) in enumerate([("SFT", before), after]):
             model = load_policy(folder)
             weights = publish_model(
                 model,

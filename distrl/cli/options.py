@@ -157,8 +157,11 @@ def config_of(directory: RunDir) -> Config:
     """The configuration that a run was made with, wherever its directory lies now."""
     if not directory.config.exists():
         raise ConfigError(f"{directory.path} has no config.yaml; is it a run directory?")
+    made_with = read_yaml(directory.config)
+    if not made_with:
+        raise ConfigError(f"{directory.config} is empty; put the run's own one back")
     here = {"run": {"root": str(directory.path.parent), "name": directory.path.name}}
-    return validated(merged(read_yaml(directory.config), here))
+    return validated(merged(made_with, here))
 
 
 def validated(values: dict[str, Any]) -> Config:

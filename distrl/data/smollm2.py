@@ -38,9 +38,10 @@ def resolve_model(path: str | None) -> Path | None:
         return smollm2_checkpoint()
     folder = Path(path)
     if not folder.is_dir():
+        seen = "" if folder.is_absolute() else f" in {Path.cwd()}, which it is looked for from"
         raise DataError(
-            f"model.path={path}: there is no such folder; give a Hugging Face checkpoint folder, "
-            f"{NAME!r}, or nothing for a new model"
+            f"model.path={path}: there is no such folder{seen}; give a Hugging Face checkpoint "
+            f"folder, {NAME!r}, or nothing for a new model"
         )
     if not (folder / "config.json").is_file():
         raise DataError(f"model.path={path}: no config.json there, so it is no checkpoint folder")

@@ -41,7 +41,7 @@ def resolve_judge(path: str) -> Judge:
         raise ConfigError(f"evaluate.judge={path!r} is not of the form module:function")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise ConfigError(f"evaluate.judge={path!r} cannot be imported: {error}") from error
     if not callable(function):
         raise ConfigError(f"evaluate.judge={path!r} is not a function")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import yaml
 from distrl.actors.launch import learner_spec
 from distrl.checkpoint import CheckpointError, Checkpoints, RunDir
 from distrl.cli import main
-from distrl.cli.evaluate import candidate, plot
+from distrl.cli.evaluate import _compare, candidate, plot
+from distrl.cli.options import config_of as config_of_run
 from distrl.config import Config, ConfigError, dump_yaml
 from distrl.data.tokenizer import load_tokenizer
+from distrl.evaluate.judge import JudgeFailed
 from distrl.learn.learner import PolicyLearner
 from distrl.metrics import JSONLSink
 from distrl.models.load import ModelError, load_policy
@@ -149,3 +152,25 @@ def test_a_policy_of_another_tokenizer_is_refused(tmp_path: Path, tiny_policy: P
         candidate(chosen, RunDir(config.run.dir)),
     ):
         pass
+
+
+def test_a_judge_is_tried_before_an_engine_is_started(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: Any) -> Any:
+        pytest.fail("an engine was made")
+
+    monkeypatch.setattr("distrl.cli.evaluate.VLLMGenerator", started)
+    monkeypatch.setattr("distrl.cli.evaluate.LocalScorer", lambda *_: None)
+    config = config_of(tmp_path, tiny_policy)
+    judged = config.evaluate.model_copy(update={"judge": "operator:add"})
+    config = config.model_copy(update={"evaluate": judged})
+    with pytest.raises(JudgeFailed, match=r"evaluate\.judge=operator:add raised TypeError"):
+        asyncio.run(_compare(config, tiny_policy, ("PPO", tiny_policy), []))
+
+
+def test_an_empty_config_is_no_run_s(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml is empty"):
+        config_of_run(RunDir(tmp_path / "r"))
