@@ -391,7 +391,7 @@ class PolicyLearner:
 
     def export(self, folder: Path) -> None:
         """The policy and its tokenizer in Hugging Face format: the average of its weights where
-        `learn.ema` asks for one."""
+        `learn.ema` asks for one; beside it, which step and version it is of."""
         with nullcontext() if self.average is None else self.average.in_place():
             state: dict[str, Tensor] = {}
             for name, weight in self.networks.policy_state().items():
