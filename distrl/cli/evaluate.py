@@ -124,7 +124,8 @@ def candidate(config: Config, directory: RunDir) -> Iterator[tuple[str, Path]]:
                 "run began with: they would not read the same prompts. Evaluate it with a run of "
                 "its own"
             )
-        yield Path(wanted).resolve().name, folder
+        whole = folder.resolve()  # what a run writes is called "policy", all of it
+        yield whole.parent.name if whole.name == directory.policy.name else whole.name, folder
 
 
 def _export(config: Config, directory: RunDir, state: Path, folder: Path) -> None:

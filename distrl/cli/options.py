@@ -120,6 +120,7 @@ def _check_honoured(command: str, flags: dict[str, Any]) -> None:
 def _as_flags(argv: list[str]) -> list[str]:
     """`--flag true` and `--flag=false`, as messages have it, as the flags that they stand for."""
     flags = {f"--{name}" for name, field in settings() if field.annotation is bool}
+    flags |= {"--dry-run", "--dry_run", *RUN_FLAGS}
     out: list[str] = []
     for word in (part for given in argv for part in _parted(given, flags)):
         if out and out[-1] in flags and word.lower() in ("true", "false"):

@@ -69,6 +69,9 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path, tiny_policy: Path) -> None:
     chosen = with_policy(config, str(tiny_policy))
     with candidate(chosen, RunDir(config.run.dir)) as (name, folder):
         assert (name, folder) == (tiny_policy.name, tiny_policy)
+    export = shutil.copytree(tiny_policy, tmp_path / "another-run" / "policy")
+    with candidate(with_policy(config, str(export)), RunDir(config.run.dir)) as (name, folder):
+        assert (name, folder) == ("another-run", export), "two runs' policies have two files"
 
 
 def test_what_is_not_there_is_told_with_what_is(tmp_path: Path, tiny_policy: Path) -> None:

@@ -81,6 +81,9 @@ def test_flags() -> None:
     given = options("--dry-run", "--resume")
     assert (given.dry_run, given.resume, given.fresh) == (True, True, False)
     assert options("--dry_run", "--fresh").fresh
+    given = options("--dry-run=true", "--resume", "false", "--fresh", "True")
+    assert (given.dry_run, given.resume, given.fresh) == (True, False, True)
+    assert not options("--dry_run=false").dry_run
 
 
 def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
