@@ -139,8 +139,8 @@ def check_claim(config: Config, *, resume: bool, fresh: bool) -> None:
 
 
 def check_functions(config: Config) -> None:
-    """Functions that the configuration names are looked up here once, so that a wrong name is told
-    now and not by an actor. Raises ConfigError."""
+    """Functions that the configuration names are looked up here once, and what the learner will
+    call is tried, so that a mistake is told now and not by an actor. Raises ConfigError."""
     named = {
         "learn.advantage.kind": config.learn.advantage.kind,
         "learn.objective.kind": config.learn.objective.kind,
@@ -153,6 +153,10 @@ def check_functions(config: Config) -> None:
             resolve(path, what)
     if config.evaluate.judge is not None:
         resolve(config.evaluate.judge, "evaluate.judge")
+    if any(":" in kind for kind in (config.learn.advantage.kind, config.learn.objective.kind)):
+        from distrl.learn.rehearse import rehearse  # torch takes seconds
+
+        rehearse(config.learn, config.generate.samples_per_prompt)
 
 
 def check_context(config: Config) -> None:

@@ -7,7 +7,7 @@ work fails here, before any actor starts, with the fix in the message.
 """
 
 from distrl.config.base import ConfigError, Section
-from distrl.config.functions import resolve
+from distrl.config.functions import blamed, resolve
 from distrl.config.learn import (
     AdvantageConfig,
     KLConfig,
@@ -66,6 +66,7 @@ __all__ = [
     "SimulateConfig",
     "SyncConfig",
     "ValueConfig",
+    "blamed",
     "dump_yaml",
     "preset_path",
     "read_yaml",

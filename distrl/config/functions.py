@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from distrl.config.base import ConfigError
@@ -36,3 +38,19 @@ def resolve(path: str, what: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{what} {path!r} is a {type(function).__name__}, not a function")
     return function
+
+
+@contextmanager
+def blamed(path: str, what: str) -> Iterator[None]:
+    """Within it the function of 'module:function' is called: what it raises becomes a ConfigError
+    that says whose error it is, and in which line of it. A built-in's goes on as it is."""
+    try:
+        yield
+    except Exception as error:
+        if ":" not in path:
+            raise
+        calls = traceback.extract_tb(error.__traceback__)[2:]  # behind this one and its caller
+        place = f" ({calls[0].filename}, line {calls[0].lineno})" if calls else ""
+        raise ConfigError(
+            f"{what} {path!r} failed: {type(error).__name__}: {error}{place}"
+        ) from error

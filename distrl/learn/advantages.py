@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, zeros_like
 
 from distrl.algo import gae, group_advantages, masked_whiten
-from distrl.config import AdvantageConfig, ConfigError, resolve
+from distrl.config import AdvantageConfig, ConfigError, blamed, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ ESTIMATORS: dict[str, Estimator] = {"gae": by_critic, "group": against_group, "r
 def estimate(outcome: Outcome, config: AdvantageConfig) -> Advantages:
     """The advantages that `config` asks for, whitened where it says so.
 
-    Raises ConfigError where it names a function that is not there, or answers with something else.
+    Raises ConfigError where it names a function that is not there, answers with something else, or
+    (one of the user's own) fails.
     """
     rewards_BT, mask_BT = outcome.rewards_BT, outcome.mask_BT
     if config.whiten_rewards:
@@ -88,7 +89,9 @@ def estimate(outcome: Outcome, config: AdvantageConfig) -> Advantages:
             mask_BT=mask_BT,
             samples=outcome.samples,
         )
-    found = estimator(config.kind)(outcome, config)
+    estimated = estimator(config.kind)
+    with blamed(config.kind, "learn.advantage.kind"):
+        found = estimated(outcome, config)
     if not isinstance(found, Advantages):
         raise ConfigError(
             f"learn.advantage.kind={config.kind} gave {type(found).__name__}; Advantages were due"

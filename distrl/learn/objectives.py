@@ -21,7 +21,7 @@ from distrl.algo import (
     policy_gradient,
     sequence_surrogate,
 )
-from distrl.config import ConfigError, ObjectiveConfig, resolve
+from distrl.config import ConfigError, ObjectiveConfig, blamed, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,10 @@ BUILT_IN: dict[str, Objective] = {
 
 def surrogate(tokens: Tokens, config: ObjectiveConfig) -> Surrogate:
     """What the objective that `config` names makes of `tokens`. Raises ConfigError where it is not
-    there, or answers with something else."""
-    found = objective(config.kind)(tokens, config)
+    there, answers with something else, or (one of the user's own) fails."""
+    minimised = objective(config.kind)
+    with blamed(config.kind, "learn.objective.kind"):
+        found = minimised(tokens, config)
     if not isinstance(found, Surrogate) or found.loss.shape != tokens.mask.shape:
         was = tuple(found.loss.shape) if isinstance(found, Surrogate) else type(found).__name__
         raise ConfigError(

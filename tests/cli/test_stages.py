@@ -283,6 +283,8 @@ def test_a_module_that_fails_as_it_is_imported(
         (["--learn.advantage.kind", "no_such_module:f"], "cannot import no_such_module"),
         (["--learn.objective.kind", "builtins:lenn"], "builtins has no lenn"),
         (["--score.parts", '[{"name": "r", "function": "builtins:lenn"}]'], "has no lenn"),
+        (["--learn.objective.kind", "builtins:len"], "'builtins:len' failed: TypeError: len()"),
+        (["--learn.advantage.kind", "builtins:max"], "'builtins:max' failed: TypeError: "),
         (["--evaluate.judge", "builtins:lenn"], "evaluate.judge 'builtins:lenn'"),
         (["--evaluate.judge", "builtins.len"], "not of the form module:function"),
     ],

@@ -20,6 +20,7 @@ from distrl.learn.networks import Networks
 from distrl.learn.objectives import Tokens, objective, surrogate
 from distrl.learn.optimizer import TFAdamW
 from distrl.learn.pretrain import Examples, save_examples
+from distrl.learn.rehearse import rehearse
 from distrl.learn.update import minibatches, pretrain_backward
 from distrl.metrics.names import unknown_names
 from distrl.models.load import load_policy
@@ -209,6 +210,44 @@ def test_what_an_own_objective_answers_is_looked_at():
     with pytest.raises(ConfigError, match=rf"{here}:a_number gave Tensor; Advantages were due"):
         estimate(outcome(), AdvantageConfig(kind=f"{here}:a_number"))
     assert surrogate(tokens, ObjectiveConfig()).loss.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "kinds, message",
+    [
+        ({"objective": "breaks"}, r"objective.kind '.*:breaks' failed: Att.*_algorithms.py, line "),
+        ({"advantage": "breaks"}, r"advantage.kind '.*:breaks' failed: Att.*_algorithms.py, line "),
+        ({"objective": "takes_one"}, r":takes_one' failed: TypeError: .* were given$"),
+        ({"objective": "constant"}, "a loss without a gradient; compute it from tokens.logprobs"),
+        ({"advantage": "misshapen"}, r"gave advantages of shape \(6, 1\); \(6, 4\) was due"),
+        ({"objective": "too_short"}, r"gave \(2, 1\); a Surrogate with a loss .* \(6, 4\)"),
+    ],
+)  # fmt: skip
+def test_own_functions_are_tried_before_anything_starts(kinds, message):
+    here = "tests.learn.test_algorithms"
+    config = {part: {"kind": f"{here}:{name}"} for part, name in kinds.items()}
+    with pytest.raises(ConfigError, match=message):
+        rehearse(LearnConfig.model_validate(config), samples=3)
+
+
+def test_own_functions_that_work_pass_whatever_the_group():
+    config = LearnConfig.model_validate(VARIANTS["own"])
+    for samples in (1, 3):
+        rehearse(config, samples)
+    rehearse(LearnConfig(), 1)
+
+
+def breaks(first, config):
+    return first.gain
+
+
+def takes_one(tokens):
+    return tokens
+
+
+def constant(tokens, config):
+    nothing = torch.zeros_like(tokens.old)
+    return Surrogate(loss=nothing, clipped=nothing, ratio=nothing)
 
 
 def a_number(tokens, config):
