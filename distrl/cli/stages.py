@@ -141,22 +141,14 @@ def check_claim(config: Config, *, resume: bool, fresh: bool) -> None:
 def check_functions(config: Config) -> None:
     """Functions that the configuration names are looked up here once, and what the learner will
     call is tried, so that a mistake is told now and not by an actor. Raises ConfigError."""
-    named = {
-        "learn.advantage.kind": config.learn.advantage.kind,
-        "learn.objective.kind": config.learn.objective.kind,
-    }
-    named |= {
-        f"reward {part.name!r}": part.function for part in config.score.parts if part.function
-    }
-    for what, path in named.items():
-        if ":" in path:
-            resolve(path, what)
+    from distrl.learn.rehearse import rehearse
+
+    for part in config.score.parts:
+        if part.function is not None:
+            resolve(part.function, f"reward {part.name!r}")
     if config.evaluate.judge is not None:
         resolve(config.evaluate.judge, "evaluate.judge")
-    if any(":" in kind for kind in (config.learn.advantage.kind, config.learn.objective.kind)):
-        from distrl.learn.rehearse import rehearse  # torch takes seconds
-
-        rehearse(config.learn, config.generate.samples_per_prompt)
+    rehearse(config.learn, config.generate.samples_per_prompt)
 
 
 def check_context(config: Config) -> None:

@@ -13,10 +13,10 @@ PROMPTS, LONGEST = 2, 4
 
 def rehearse(config: LearnConfig, samples: int) -> None:
     """Call those that are named as `module:function` once, as the learner will: on `samples`
-    responses to each of two prompts, of one to four tokens.
+    responses to each of two prompts, of at most four tokens.
 
-    Raises ConfigError: one of them fails, answers with something else than is due, or with a loss
-    that has no gradient.
+    Raises ConfigError: one of them is not there, fails, answers with something else than is due, or
+    with a loss that has no gradient.
     """
     rows = PROMPTS * samples
     generator = torch.Generator().manual_seed(0)
