@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -119,13 +120,31 @@ def _sweep() -> None:
 
 def _start_here(config: Config, scratch: str) -> None:
     cpus = sum(d.workers * d.cpus for d in demands(config))
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES + int(config.driver.buffer_mib * 2**20),
-        _temp_dir=scratch,
-        **SESSION,
-    )
+    with _loopback_only():
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES + int(config.driver.buffer_mib * 2**20),
+            _temp_dir=scratch,
+            **SESSION,
+        )
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A cluster started within it listens on the loopback address alone, as Ray has it on a Mac and
+    on Windows (for their firewalls' sake): by a variable for the processes that it starts, and by
+    what this process read of that variable when it imported Ray."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before[0] is not None:
+            os.environ[name] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def _join(address: str) -> None:

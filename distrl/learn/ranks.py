@@ -8,18 +8,21 @@ they decide alike: no rank waits for a collective call that another leaves out.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distrl.data.batching import balanced, micro_batches
 from distrl.learn.spec import Place
 from distrl.models.crew import ALONE as ONE_THREAD
 from distrl.models.crew import Crew
+from distrl.sync.rendezvous import go_to, wait_for_all
 
 Load = list[tuple[Tensor, bool]]
 """One thread's microbatches, and whether they count."""
@@ -42,7 +45,7 @@ class Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{place.address}",
+            store=_met(place),
             rank=place.rank,
             world_size=place.world,
             timeout=timedelta(seconds=place.timeout_s),
@@ -85,6 +88,13 @@ class Ranks:
         turns, mine = max(map(len, cuts)), cuts[self.rank]
         idle = [(index[:1], False)] * (turns - len(mine))
         return [[(part, True) for part in mine] + idle]
+
+
+def _met(place: Place) -> TCPStore:
+    host, _, port = place.address.rpartition(":")
+    if place.rank > 0:
+        return go_to(host, int(port), place.world, place.timeout_s)
+    return wait_for_all(socket.create_server((host, int(port))), place.world, place.timeout_s)
 
 
 ALONE = Ranks()

@@ -14,12 +14,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroupGloo
 
 from distrl.records import TensorInfo
 from distrl.sync.image import Image
-from distrl.sync.rendezvous import wait_for_all
+from distrl.sync.rendezvous import go_to, wait_for_all
 
 CPU = torch.device("cpu")
 
@@ -48,8 +48,7 @@ class GlooGroup:
     @classmethod
     def join(cls, host: str, port: int, rank: int, world: int, timeout_s: float) -> GlooGroup:
         """As one of the engine's workers, go where the learner waits."""
-        wait = timedelta(seconds=timeout_s)
-        store = TCPStore(host, port, world, is_master=False, timeout=wait, use_libuv=False)
+        store, wait = go_to(host, port, world, timeout_s), timedelta(seconds=timeout_s)
         return cls(store, _address_towards(host, port), rank, world, wait)
 
     def send(self, image: Image) -> None:

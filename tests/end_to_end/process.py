@@ -85,6 +85,7 @@ class Run:
         self.folder = folder / "run"
         self.mark = uuid.uuid4().hex
         self.shared_memory: set[str] = set()
+        self.listened: set[tuple[str, str]] = set()
         self.scratch = Path(tempfile.mkdtemp(prefix="run-"))  # short: sockets are put there
         self._output = folder / f"output-{self.mark}"
         with self._output.open("wb") as output:
@@ -97,7 +98,7 @@ class Run:
                 start_new_session=True,
                 preexec_fn=heed_ctrl_c,
             )
-        threading.Thread(target=self._note_shared_memory, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     @property
     def output(self) -> str:
@@ -125,14 +126,18 @@ class Run:
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: step in self.steps())
 
-    def _note_shared_memory(self) -> None:
-        """Until the run has ended, what its processes have mapped. In a thread of its own: a
-        process that is busy with its own maps keeps a reader waiting for seconds."""
+    def _watch(self) -> None:
+        """Until the run has ended, what its processes have mapped, and which of them listens at
+        what address. In a thread of its own: a process that is busy with its own maps keeps a
+        reader waiting for seconds."""
         while self.process.poll() is None:
             for process in self.family():
                 with suppress(OSError):
                     maps = Path(f"/proc/{process.pid}/maps").read_text()
                     self.shared_memory = self.shared_memory | set(SHARED.findall(maps))
+                with suppress(psutil.Error):
+                    at = {c.laddr.ip for c in process.net_connections("tcp") if not c.raddr}
+                    self.listened = self.listened | {(process.name(), ip) for ip in at}
             time.sleep(2)  # a look takes 40 ms of a core
 
     def end(self, timeout_s: float = START_S) -> int:

@@ -162,6 +162,15 @@ def test_two_ranks_share_the_learner(interrupted: Run, two_ranks: Run) -> None:
     run.assert_nothing_left(within_s=10)
 
 
+def test_nobody_listens_beyond_this_machine(two_ranks: Run) -> None:
+    """Ray, the engine, the learner's ranks among each other."""
+    names = {name for name, _ in two_ranks.listened}
+    for who in ("gcs_server", "raylet", "VLLM::", "ray::LearnerAct"):
+        assert any(name.startswith(who) for name in names), names
+    at = {(name, ip.removeprefix("::ffff:")) for name, ip in two_ranks.listened}
+    assert not {(name, ip) for name, ip in at if not ip.startswith("127.")}
+
+
 def test_a_finished_run_is_evaluated(two_ranks: Run, begin: Callable[..., Run]) -> None:
     """The table on the screen, the same in a file, the plot; nothing of the engine is left."""
     words = ("--evaluate.prompts", "12", "--evaluate.samples_shown", "1")
