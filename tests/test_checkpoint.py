@@ -289,32 +289,32 @@ def yaml_of(**sections) -> str:
 
 
 def test_a_new_run_directory(tmp_path):
-    with RunDir(tmp_path / "runs" / "r").create(yaml_of()) as run:
+    with RunDir(tmp_path / "runs" / "r").claim(yaml_of()).begin() as run:
         assert run.config.read_text() == yaml_of()
         assert run.checkpoints.is_dir() and run.logs.is_dir()
         assert not run.has_progress()
-    with RunDir(run.path).create(yaml_of(learn={"lr": 1e-3})):  # nothing was done there yet
+    with RunDir(run.path).claim(yaml_of(learn={"lr": 1e-3})).begin():  # nothing was done there yet
         pass
 
 
 def test_progress_is_not_overwritten(tmp_path):
-    run = RunDir(tmp_path).create(yaml_of())
+    run = RunDir(tmp_path).claim(yaml_of()).begin()
     run.metrics.write_text('{"step": 1}\n')
     run.close()
     with pytest.raises(RunDirError, match="--resume"):
-        RunDir(tmp_path).create(yaml_of())
-    with RunDir(tmp_path).create(yaml_of(), resume=True) as run:
+        RunDir(tmp_path).claim(yaml_of())
+    with RunDir(tmp_path).claim(yaml_of(), resume=True).begin() as run:
         assert run.metrics.exists()
 
 
 def test_fresh_deletes_progress_and_nothing_else(tmp_path):
-    run = RunDir(tmp_path).create(yaml_of())
+    run = RunDir(tmp_path).claim(yaml_of()).begin()
     write(Checkpoints(run.checkpoints), 10)
     for path in (run.metrics, run.ledger, tmp_path / "ledger.sqlite-wal", run.logs / "x.log"):
         path.write_text("x")
     (tmp_path / "sft").mkdir()
     run.close()
-    with RunDir(tmp_path).create(yaml_of(), fresh=True) as run:
+    with RunDir(tmp_path).claim(yaml_of(), fresh=True).begin() as run:
         assert not run.has_progress() and list(run.checkpoints.iterdir()) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".lock",
@@ -328,11 +328,11 @@ def test_fresh_deletes_progress_and_nothing_else(tmp_path):
 
 
 def test_resume_refuses_a_configuration_that_learns_something_else(tmp_path):
-    run = RunDir(tmp_path).create(yaml_of())
+    run = RunDir(tmp_path).claim(yaml_of()).begin()
     run.metrics.write_text('{"step": 1}\n')
     run.close()
     with pytest.raises(RunDirError) as error:
-        RunDir(tmp_path).create(yaml_of(learn={"lr": 1e-3, "kl": {"coef": 0.1}}), resume=True)
+        RunDir(tmp_path).claim(yaml_of(learn={"lr": 1e-3, "kl": {"coef": 0.1}}), resume=True)
     assert "learn.lr: 0.0003 -> 0.001" in str(error.value)
     assert "learn.kl.coef: 0.05 -> 0.1" in str(error.value)
     assert run.config.read_text() == yaml_of()  # and leaves what is there
@@ -340,22 +340,35 @@ def test_resume_refuses_a_configuration_that_learns_something_else(tmp_path):
         driver={"steps": 99}, metrics={"wandb": False}, sync={"timeout_s": 300},
         generate={"workers": 2, "request_timeout_s": 900}, score={"timeout_s": 900},
     )  # fmt: skip
-    with RunDir(tmp_path).create(longer, resume=True):
+    with RunDir(tmp_path).claim(longer, resume=True).begin():
         assert run.config.read_text() == longer
 
 
 def test_resume_and_fresh_exclude_each_other(tmp_path):
     with pytest.raises(RunDirError, match="exclude"):
-        RunDir(tmp_path).create(yaml_of(), resume=True, fresh=True)
+        RunDir(tmp_path).claim(yaml_of(), resume=True, fresh=True)
 
 
 HOLD = """
 import pathlib, sys
 from distrl.checkpoint import RunDir
-run = RunDir(pathlib.Path(sys.argv[1])).create("{}")
+run = RunDir(pathlib.Path(sys.argv[1])).claim("{}")
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_what_was_claimed_and_not_begun_is_as_it_was(tmp_path):
+    """A run that is refused leaves no folder behind, and costs an earlier one nothing."""
+    with RunDir(tmp_path / "new").claim(yaml_of()) as run:
+        assert (run.path / ".lock").exists()
+    assert not run.path.exists()
+    run.close()  # twice
+    with RunDir(tmp_path / "old").claim(yaml_of()).begin() as run:
+        run.metrics.write_text('{"step": 1}\n')
+    with RunDir(run.path).claim(yaml_of(learn={"lr": 1e-3}), fresh=True):
+        pass
+    assert run.metrics.exists() and run.config.read_text() == yaml_of()
 
 
 def test_two_processes_cannot_drive_one_run(tmp_path):
@@ -368,23 +381,23 @@ def test_two_processes_cannot_drive_one_run(tmp_path):
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunDirError, match=f"process {holder.pid} on "):
-        RunDir(tmp_path).create("{}", fresh=True)
+        RunDir(tmp_path).claim("{}", fresh=True)
     holder.kill()  # the kernel frees the lock of a process that was killed
     holder.communicate()
-    RunDir(tmp_path).create("{}").close()
+    RunDir(tmp_path).claim("{}").close()
 
 
 def test_a_place_where_no_folder_can_be_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match=r"file is no folder; choose another run\.root"):
-        RunDir(tmp_path / "file" / "run").create("")
+        RunDir(tmp_path / "file" / "run").claim("")
 
     with pytest.raises(RunDirError, match=r"no folder can be made at /proc/no/run"):
-        RunDir(Path("/proc/no/run")).create("")
+        RunDir(Path("/proc/no/run")).claim("")
 
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(NotWritten, match=r"run directory .*Read-only.*choose another run\.root"):
-        RunDir(tmp_path / "run").create("")
+        RunDir(tmp_path / "run").claim("")

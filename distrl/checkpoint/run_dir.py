@@ -45,16 +45,20 @@ RESUMABLE = (
 )
 
 
+LOCK = ".lock"
+
+
 class RunDirError(Exception):
     """The run directory cannot be used; the message says what to do."""
 
 
 class RunDir:
-    """The folder of one run. Reading its paths needs no lock; `create` takes it."""
+    """The folder of one run. Reading its paths needs no lock; `claim` takes it, `begin` writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._lock: int | None = None
+        self._config_yaml, self._fresh = "", False
 
     @property
     def config(self) -> Path:
@@ -106,12 +110,12 @@ class RunDir:
         """W&B's own files."""
         return self.path / "wandb"
 
-    def create(self, config_yaml: str, *, resume: bool = False, fresh: bool = False) -> RunDir:
-        """Take the directory for this process and write `config.yaml` into it.
+    def claim(self, config_yaml: str, *, resume: bool = False, fresh: bool = False) -> RunDir:
+        """Take the directory for this process; nothing that lies in it is touched before `begin`.
 
-        `resume` goes on with a run that is there; `fresh` deletes its progress first
-        (metrics, tables, ledger, checkpoints, recording, exported policy). The lock is held until
-        `close` or the end of the process.
+        `resume` goes on with a run that is there; `fresh` will delete its progress (metrics,
+        tables, ledger, checkpoints, recording, exported policy). The lock is held until `close` or
+        the end of the process.
 
         Raises RunDirError: another process has it; it has progress and neither flag was
         given; or the configuration to resume with would learn something else. Raises NotWritten
@@ -127,14 +131,28 @@ class RunDir:
                 ) from None
             self._take_lock()
             try:
-                self._prepare(config_yaml, resume, fresh)
+                self.check(config_yaml, resume=resume, fresh=fresh)
             except BaseException:
                 self.close()
                 raise
+        self._config_yaml, self._fresh = config_yaml, fresh
+        return self
+
+    def begin(self) -> RunDir:
+        """Write `config.yaml`; where `fresh` was said, delete the progress. For when all that could
+        be refused has been looked at. Raises NotWritten where the disk is full or refuses."""
+        with writing("the run directory", self.path, "give the same command again"):
+            if self._fresh:
+                self._delete_progress()
+            for folder in (self.checkpoints, self.logs, self.tables):
+                folder.mkdir(exist_ok=True)
+            temporary = self.path / "config.yaml.tmp"
+            temporary.write_text(self._config_yaml)
+            temporary.replace(self.config)
         return self
 
     def check(self, config_yaml: str, *, resume: bool, fresh: bool) -> None:
-        """Raise RunDirError where `create` would, but for another process that has it now."""
+        """Raise RunDirError where `claim` would, but for another process that has it now."""
         self._check_path(resume, fresh)
         if not fresh and self.has_progress():
             if not resume:
@@ -162,8 +180,11 @@ class RunDir:
         return metrics or any(f.is_dir() and any(f.iterdir()) for f in folders)
 
     def close(self) -> None:
-        """Let another process have the directory. May be called twice."""
+        """Let another process have the directory, and remove it where nothing has begun in it. May
+        be called twice."""
         if self._lock is not None:
+            if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
 
@@ -172,16 +193,6 @@ class RunDir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _prepare(self, config_yaml: str, resume: bool, fresh: bool) -> None:
-        self.check(config_yaml, resume=resume, fresh=fresh)
-        if fresh:
-            self._delete_progress()
-        for folder in (self.checkpoints, self.logs, self.tables):
-            folder.mkdir(exist_ok=True)
-        temporary = self.path / "config.yaml.tmp"
-        temporary.write_text(config_yaml)
-        temporary.replace(self.config)
 
     def _check_same_config(self, config_yaml: str) -> None:
         if not self.config.exists():
@@ -218,7 +229,7 @@ class RunDir:
         self.metrics.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
-        path = self.path / ".lock"
+        path = self.path / LOCK
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

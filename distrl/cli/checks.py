@@ -61,9 +61,7 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
     Raises DataError.
     """
     _, prompts = _readers(config)
-    if config.sft.epochs:
-        for split in STAGE_SPLITS:
-            load_demonstrations(config.data, split)
+    check_demonstrations(config)
     if trains_reward_model(config):
         check_comparisons(config)
     prompts("train")
@@ -73,6 +71,13 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
         if evaluates:
             raise
         print(f"no prompts for 'distrl evaluate': {error}", flush=True)
+
+
+def check_demonstrations(config: Config) -> None:
+    """Read what the policy is trained and judged on first, where SFT is wanted."""
+    if config.sft.epochs:
+        for split in STAGE_SPLITS:
+            load_demonstrations(config.data, split)
 
 
 def check_comparisons(config: Config) -> None:

@@ -27,7 +27,7 @@ def run(about: str, argv: list[str]) -> int:
         return 0
     began = time.monotonic()
     with claimed(config, resume=options.resume, fresh=options.fresh) as directory:
-        prepare_stages(config, fresh=options.fresh, evaluates=True)
+        prepare_stages(config, directory, fresh=options.fresh, evaluates=True)
         if finished(config, directory):
             print(f"PPO: finished before, reusing {config.run.dir / 'policy'}", flush=True)
         elif status := report(config, train(options, directory)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distrl.cli.checks import check_comparisons
+from distrl.cli.checks import check_comparisons, check_demonstrations
 from distrl.cli.options import parse
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
@@ -21,9 +21,11 @@ def run(about: str, argv: list[str]) -> int:
         print_plan(options.config)
         check_claim(options.config, resume=True, fresh=False)
         return 0
-    with claimed(options.config, resume=True, fresh=False):
+    with claimed(options.config, resume=True, fresh=False) as directory:
         check_context(options.config)
+        check_demonstrations(options.config)
         check_comparisons(options.config)
+        directory.begin()
         ensure_sft(options.config)
         make_reward_model(options.config, fresh=options.fresh)
     print(f"reward model: {reward_stage(options.config).folder / 'model'}")

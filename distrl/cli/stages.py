@@ -124,13 +124,13 @@ def reward_model_folder(config: Config) -> Path | None:
 
 
 def claimed(config: Config, *, resume: bool, fresh: bool) -> RunDir:
-    """The run directory, taken for this process before any stage in it is touched.
+    """The run directory, taken for this process; `RunDir.begin` is still to be called.
 
     Raises RunDirError: another process has it, or it holds a run that was made with other
     settings, or that neither `resume` nor `fresh` was said of.
     """
     directory = RunDir(config.run.dir.resolve())
-    return directory.create(dump_yaml(config), resume=resume, fresh=fresh)
+    return directory.claim(dump_yaml(config), resume=resume, fresh=fresh)
 
 
 def check_claim(config: Config, *, resume: bool, fresh: bool) -> None:

@@ -78,13 +78,15 @@ def run(about: str, argv: list[str]) -> int:
                 flush=True,
             )
             return 0
-        prepare_stages(options.config, fresh=False)
+        prepare_stages(options.config, directory, fresh=False)
         return report(options.config, train(options, directory))
 
 
-def prepare_stages(config: Config, *, fresh: bool, evaluates: bool = False) -> None:
-    """The stages that PPO stands on, and every check that needs no actor; `evaluates` where an
-    evaluation follows at once."""
+def prepare_stages(
+    config: Config, directory: RunDir, *, fresh: bool, evaluates: bool = False
+) -> None:
+    """The stages that PPO stands on, and every check that needs no actor: what is refused leaves
+    the directory as it was. `evaluates` where an evaluation follows at once."""
     if config.cluster.address is None:  # said now, not when SFT is over
         check_local_gpus(demands(config))
     check_functions(config)
@@ -92,6 +94,7 @@ def prepare_stages(config: Config, *, fresh: bool, evaluates: bool = False) -> N
     tokenizer_is_there = known_policy(config) is not None
     check_what_is_there(config)
     check_rows(config, evaluates=evaluates)
+    directory.begin()
     ensure_sft(config, fresh=fresh)
     if not tokenizer_is_there:
         check_what_is_there(config)

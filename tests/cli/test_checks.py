@@ -15,7 +15,7 @@ from transformers import BloomConfig, GraniteConfig, Phi3Config
 
 from distrl.cli import main
 from distrl.cli.checks import check_models, check_rows, check_what_is_there, known_policy
-from distrl.cli.stages import check_context
+from distrl.cli.stages import check_context, claimed
 from distrl.cli.train import prepare_stages, write_pretrain
 from distrl.config import Config, ConfigError, dump_yaml
 from distrl.data.errors import DataError
@@ -240,6 +240,11 @@ def spoilt(recipe: dict[str, Any], path: Path, place: int, **columns: Any) -> Co
     return Config.model_validate(recipe | {"data": data, "score": {}})
 
 
+def prepared(config: Config) -> None:
+    with claimed(config, resume=False, fresh=False) as directory:
+        prepare_stages(config, directory, fresh=False)
+
+
 @pytest.mark.parametrize(
     ("split", "columns", "cause"),
     [
@@ -258,7 +263,7 @@ def test_a_bad_row_is_told_before_the_first_stage(
     columns = columns or {"prompt": longer_in(split)}
     config = spoilt(recipe, tmp_path / "rows.jsonl", place, **columns)
     with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: .*{cause}"):
-        prepare_stages(config, fresh=False)
+        prepared(config)
 
 
 def test_a_bad_rating_is_told_before_the_stage_that_it_is_not_of(
@@ -344,7 +349,7 @@ def test_without_a_tokenizer_rows_are_told_as_far_as_they_go(
     path = tmp_path / "rows.jsonl"
     config = spoilt(new_model(recipe), path, first_of("train", rated()), ratings=[1])
     with pytest.raises(DataError, match="1 numbers in 'ratings'"):
-        prepare_stages(config, fresh=False)
+        prepared(config)
     check_rows(spoilt(new_model(recipe), path, place, prompt=longer_in("test")))
     twice = spoilt(new_model(recipe), path, 0)
     ids = twice.data.model_copy(update={"id_column": "response", "validation": str(path)})
@@ -369,12 +374,12 @@ def test_where_sft_makes_the_policy_the_rest_is_looked_at_right_after(
     path = tmp_path / "rows.jsonl"
     config = spoilt(new_model(recipe), path, place, prompt=longer_in("test"))
     with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: the prompt has"):
-        prepare_stages(config, fresh=False)
+        prepared(config)
     assert known_policy(config) == config.run.dir / "sft" / "policy"
     recipe["learn"] = {"lora": {"rank": 2, "targets": ["query"]}}
     shutil.rmtree(config.run.dir)
     with pytest.raises(ModelError, match="called 'query'"):
-        prepare_stages(spoilt(new_model(recipe), path, place), fresh=False)
+        prepared(spoilt(new_model(recipe), path, place))
 
 
 def test_without_a_row_to_evaluate_on_training_goes_on(

@@ -117,7 +117,7 @@ def test_what_the_run_was_made_with_holds(
     cooler = made.generate.model_copy(update={"temperature": 0.7})
     looser = made.driver.model_copy(update={"max_staleness": 4})
     made = made.model_copy(update={"generate": cooler, "driver": looser})
-    RunDir(tmp_path / "now").create(dump_yaml(made)).close()
+    RunDir(tmp_path / "now").claim(dump_yaml(made)).begin().close()
     words = ["--run.root", str(tmp_path), "--run.name", "now", "--evaluate.prompts", "3"]
     assert main(["evaluate", "--dry-run", *words]) == 0
     said = capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_a_preset_does_not_undo_what_the_run_was_made_with(
     tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = config_of(tmp_path, tiny_policy)
-    RunDir(made.run.dir).create(dump_yaml(made)).close()
+    RunDir(made.run.dir).claim(dump_yaml(made)).begin().close()
     words = ["--run.root", str(made.run.root), "--run.name", made.run.name]
     assert main(["evaluate", "--dry-run", *words, "--preset", "smollm2"]) == 0
     said = capsys.readouterr().out

@@ -16,6 +16,7 @@ import yaml
 
 from distrl.cli.main import main
 from distrl.cli.options import merged, validated
+from distrl.cli.stages import claimed
 from distrl.cli.train import prepare_stages, prompt_stream
 from distrl.config import Config
 from distrl.data.tokenizer import load_tokenizer
@@ -74,7 +75,8 @@ def trained(config: Config, folder: Path) -> Iterator[Config]:
     """The stages that `distrl train` makes first: one part of the reward is its own model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        prepare_stages(config, fresh=False)
+        with claimed(config, resume=False, fresh=False) as directory:
+            prepare_stages(config, directory, fresh=False)
         yield config
     sys.modules.pop("my_rewards")
 

@@ -87,6 +87,30 @@ def test_what_was_cut_is_said(
     assert "raise it" in said
 
 
+@pytest.mark.parametrize("command", ["sft", "reward-model", "train"])
+def test_what_is_refused_costs_nothing(
+    made: list[str], tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a stage that was finished before, nor a run's progress, nor is a folder left."""
+    words = ["--run.root", str(tmp_path), "--data.source", str(tmp_path / "nowhere.jsonl")]
+    if command == "train":
+        words.append("--fresh")
+    assert main([command, *words, "--run.name", "new"]) != 0
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    with claimed(config(tmp_path), resume=False, fresh=False) as directory:
+        both(config(tmp_path))
+        directory.begin().metrics.write_text('{"step": 1}\n')
+    before = directory.config.read_text()
+    for stage in (sft_stage, reward_stage):
+        (stage(config(tmp_path)).folder / "weights").touch()
+    assert main([command, *words, "--run.name", "r"]) != 0
+    assert directory.metrics.exists() and directory.config.read_text() == before
+    for stage in (sft_stage, reward_stage):
+        assert (stage(config(tmp_path)).folder / "weights").exists()
+    assert made == ["sft", "reward model"]
+
+
 def test_fresh_makes_them_again(made: list[str], tmp_path: Path) -> None:
     both(config(tmp_path))
     (tmp_path / "r" / "sft" / "leftover").touch()
@@ -307,7 +331,7 @@ def test_there_is_nothing_to_go_on_with(
     made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A mistyped name does not begin a run."""
-    RunDir(tmp_path / "mine").create("{}").close()
+    RunDir(tmp_path / "mine").claim("{}").begin().close()
     assert main(["train", "--run.root", str(tmp_path), "--run.name", "nine", "--resume"]) == 1
     said = capsys.readouterr().err
     assert "nine holds no run to go on with" in said and "has mine." in said

@@ -44,7 +44,7 @@ def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(f"distrl.cli.train.{what}", lambda *_, **__: pytest.fail("it began"))
     words = ["--run.root", str(tmp_path), "--run.name", "r", "--driver.steps", "4"]
     values = {"run": {"root": str(tmp_path), "name": "r"}, "driver": {"steps": 4}}
-    directory = RunDir(tmp_path / "r").create(dump_yaml(Config.model_validate(values)))
+    directory = RunDir(tmp_path / "r").claim(dump_yaml(Config.model_validate(values))).begin()
     with Checkpoints(directory.checkpoints).write(4, {}) as folder:
         (folder / "x").write_text("x")
     directory.policy.mkdir()
