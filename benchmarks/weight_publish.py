@@ -72,7 +72,8 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
         seed=0,
         cores="0",
     )
-    generator = VLLMGenerator("g0", spec, SyncConfig())
+    sync = SyncConfig()
+    generator = VLLMGenerator("g0", spec, sync)
     await generator.start()
     crew = Crew.of_cores(CORES)
     publisher, another = SharedMemoryPublisher(CORES), SharedMemoryPublisher(CORES)
@@ -93,7 +94,7 @@ async def _measure(shape: str, folder: Path, rounds: int) -> dict[str, Any]:
                 publisher,
                 version=version,
                 vocab=256,
-                probe_tokens=24,
+                probe_tokens=sync.canary_tokens,
                 together=crew.together,
             )
             ready, nbytes = time.perf_counter(), weights.nbytes

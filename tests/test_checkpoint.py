@@ -337,7 +337,7 @@ def test_resume_refuses_a_configuration_that_learns_something_else(tmp_path):
     assert "learn.kl.coef: 0.05 -> 0.1" in str(error.value)
     assert run.config.read_text() == yaml_of()  # and leaves what is there
     longer = yaml_of(
-        driver={"steps": 99}, metrics={"wandb": False}, sync={"timeout_s": 300},
+        driver={"steps": 99}, metrics={"wandb": False}, sync={"timeout_s": 300, "canary_tokens": 9},
         generate={"workers": 2, "request_timeout_s": 900}, score={"timeout_s": 900},
     )  # fmt: skip
     with RunDir(tmp_path).claim(longer, resume=True).begin():

@@ -37,6 +37,7 @@ RESUMABLE = (
     "learn.offload",
     "generate.workers",
     "score.workers",
+    "sync.*",
     "*timeout_s",
     "metrics.*",
     "cluster.*",

@@ -152,8 +152,8 @@ class SyncConfig(Section):
         "prove it",
     )
     canary_tolerance: float = Field(
-        default=1e-3,
+        default=5e-4,
         gt=0,
         description="largest log-probability gap (nats) on the probe after a sync",
     )
-    canary_tokens: int = Field(default=24, ge=2, description="length of the probe")
+    canary_tokens: int = Field(default=8, ge=2, description="length of the probe")
