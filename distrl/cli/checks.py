@@ -30,13 +30,19 @@ from distrl.data.sources import (
     load_demonstrations,
     load_prompts,
 )
+from distrl.data.stream import PromptStream
 from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distrl.models.folder import META_FILE
 from distrl.models.heads import HEAD_FILE
 from distrl.models.load import ModelError, checked_folder, positions
 from distrl.models.lora import check_targets
+from distrl.records import Prompt
+from distrl.roles import ScoreFailed
 
 STAGE_SPLITS: tuple[Split, Split] = ("train", "validation")
+MADE_UP = "yes"
+"""The response that functions of the user's are tried on."""
+
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -64,13 +70,31 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
     check_demonstrations(config)
     if trains_reward_model(config):
         check_comparisons(config)
-    prompts("train")
+    rows = prompts("train")
+    if rows:
+        check_rewards(config, PromptStream(rows, seed=config.run.seed).next())
     try:
         prompts("test")
     except NoRows as error:
         if evaluates:
             raise
         print(f"no prompts for 'distrl evaluate': {error}", flush=True)
+
+
+def check_rewards(config: Config, prompt: Prompt) -> None:
+    """Try functions that reward on a prompt and a made-up response. Raises ConfigError."""
+    from distrl.score.rules import RuleReward
+
+    for part in config.score.parts:
+        if part.function is None:
+            continue
+        try:
+            RuleReward(part.name, part.function).number(prompt, MADE_UP)
+        except ScoreFailed as failure:
+            raise ConfigError(
+                f"score.parts: {failure}, tried with the response {MADE_UP!r}. A sample may hold "
+                "anything, and a group with one that gets no number is given up: mend it"
+            ) from failure
 
 
 def check_demonstrations(config: Config) -> None:

@@ -7,7 +7,7 @@ work fails here, before any actor starts, with the fix in the message.
 """
 
 from distrl.config.base import ConfigError, Section
-from distrl.config.functions import blamed, resolve
+from distrl.config.functions import blamed, resolve, told
 from distrl.config.learn import (
     AdvantageConfig,
     KLConfig,
@@ -71,4 +71,5 @@ __all__ = [
     "preset_path",
     "read_yaml",
     "resolve",
+    "told",
 ]

@@ -49,8 +49,12 @@ def blamed(path: str, what: str) -> Iterator[None]:
     except Exception as error:
         if ":" not in path:
             raise
-        calls = traceback.extract_tb(error.__traceback__)[2:]  # behind this one and its caller
-        place = f" ({calls[0].filename}, line {calls[0].lineno})" if calls else ""
-        raise ConfigError(
-            f"{what} {path!r} failed: {type(error).__name__}: {error}{place}"
-        ) from error
+        raise ConfigError(f"{what} {path!r} failed: {told(error, behind=2)}") from error
+
+
+def told(error: Exception, behind: int) -> str:
+    """What a user's function raised, with its file and line: those of the first call `behind` so
+    many of ours, where it has one."""
+    calls = traceback.extract_tb(error.__traceback__)[behind:]
+    place = f" ({calls[0].filename}, line {calls[0].lineno})" if calls else ""
+    return f"{type(error).__name__}: {error}{place}"

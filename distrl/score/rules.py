@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from distrl.config import resolve
-from distrl.records import Rollout
+from distrl.config import resolve, told
+from distrl.records import Prompt, Rollout
 from distrl.roles import ScoreFailed
 
 
@@ -29,21 +29,21 @@ class RuleReward:
 
     def _group(self, rollout: Rollout) -> list[float] | ScoreFailed:
         try:
-            return [self._one(rollout, sample.text) for sample in rollout.samples]
+            return [self.number(rollout.prompt, sample.text) for sample in rollout.samples]
         except ScoreFailed as failure:
             return failure
 
-    def _one(self, rollout: Rollout, response: str) -> float:
-        prompt = rollout.prompt
+    def number(self, prompt: Prompt, response: str) -> float:
+        """Raises ScoreFailed."""
         try:
             value = float(self._function(prompt=prompt.text, response=response, meta=prompt.meta))
         except Exception as error:  # a user's function: whatever it raises is this group's failure
-            raise self._failure(rollout, f"raised {type(error).__name__}: {error}") from error
+            raise self._failure(prompt, f"raised {told(error, behind=1)}") from error
         if not math.isfinite(value):
-            raise self._failure(rollout, f"answered {value}, which is not finite")
+            raise self._failure(prompt, f"answered {value}, which is not finite")
         return value
 
-    def _failure(self, rollout: Rollout, what: str) -> ScoreFailed:
+    def _failure(self, prompt: Prompt, what: str) -> ScoreFailed:
         return ScoreFailed(
-            f"reward {self.name!r} ({self.path}) {what}; prompt {rollout.prompt.prompt_id!r}"
+            f"reward {self.name!r} ({self.path}) {what}; prompt {prompt.prompt_id!r}"
         )

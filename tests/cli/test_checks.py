@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,13 +33,17 @@ def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"distrl.learn.{stage}", lambda *_: pytest.fail("a stage was begun"))
 
 
+def brevity(prompt: str, response: str, meta: Any) -> float:
+    return -float(len(response))
+
+
 @pytest.fixture
 def recipe(tiny_policy: Path, tmp_path: Path) -> dict[str, Any]:
     """SFT from the tiny policy, rewards by a rule."""
     return {
         "run": {"name": "r", "root": str(tmp_path / "runs")},
         "model": {"path": str(tiny_policy)},
-        "score": {"parts": [{"name": "rule", "function": "builtins:len"}]},
+        "score": {"parts": [{"name": "rule", "function": f"{__name__}:brevity"}]},
         "learn": {"value": {"start": "policy"}},
     }
 
@@ -264,6 +269,46 @@ def test_a_bad_row_is_told_before_the_first_stage(
     config = spoilt(recipe, tmp_path / "rows.jsonl", place, **columns)
     with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: .*{cause}"):
         prepared(config)
+
+
+MY_REWARDS = """
+def fine(prompt, response, meta):
+    return len(response) / len(meta["responses"])
+
+def bad(prompt, response, meta):
+    return len(response) / meta["words"]
+
+def endless(prompt, response, meta):
+    return float("inf")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        ("bad", r"raised KeyError: 'words' \(.*my_rewards\.py, line 6\); prompt '\d+', tried with"),
+        ("endless", "answered inf, which is not finite; prompt .*'yes'.*: mend it"),
+    ],
+)
+def test_a_reward_of_one_s_own_is_tried_before_the_first_stage(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    cause: str,
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = spoilt(recipe, tmp_path / "rows.jsonl", 0)
+
+    def rewarded_by(name: str) -> Config:
+        parts = [{"name": "mine", "function": f"my_rewards:{name}"}]
+        return Config.model_validate(config.model_dump() | {"score": {"parts": parts}})
+
+    check_rows(rewarded_by("fine"))
+    with pytest.raises(ConfigError, match=f"reward 'mine' .*{cause}"):
+        prepared(rewarded_by(function))
+    monkeypatch.delitem(sys.modules, "my_rewards")
 
 
 def test_a_bad_rating_is_told_before_the_stage_that_it_is_not_of(
