@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from distrl.errors import UserError
+
 FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
 """Beside a full disk: permissions, a read-only file system, a limit on file size, a fault."""
@@ -19,7 +21,7 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
 MIB = 2**20
 
 
-class NotWritten(OSError):
+class NotWritten(UserError, OSError):
     """A file could not be written; the message says which, why, and what to do. What was there
     before is as it was."""
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from distrl.errors import UserError
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo, StepReport, Weights
 
 
-class RoleError(Exception):
+class RoleError(UserError):
     """A role failed at one piece of work; the work may be tried again elsewhere."""
 
 
@@ -33,7 +34,7 @@ class ScoreFailed(RoleError):
     """No score could be computed for a group. It is a failure, never a number."""
 
 
-class LearnerFailed(Exception):
+class LearnerFailed(UserError):
     """The learner cannot go on (three non-finite steps in a row, say): the run stops."""
 
 

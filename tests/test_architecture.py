@@ -14,15 +14,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "distrl"
 
-BASE = {"records", "config", "disk"}
+BASE = {"records", "config", "disk", "errors"}
 ALGORITHMS = BASE | {"roles", "algo", "data", "models"}
 ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "records": set(),
-    "config": set(),
-    "disk": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "disk": {"errors"},
     "algo": set(),
-    "roles": {"records"},
+    "roles": {"records", "errors"},
     "metrics": BASE,
     "checkpoint": BASE,
     "models": BASE,
@@ -39,7 +40,7 @@ ROOMS["actors"] = set(ROOMS) - {"sim"}
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
 
-TORCH_FREE = {"records", "config", "disk", "roles", "metrics", "checkpoint", "driver", "sim"}
+TORCH_FREE = BASE | {"roles", "metrics", "checkpoint", "driver", "sim"}
 LIBRARIES: dict[str, set[str]] = {
     "torch": set(ROOMS) - TORCH_FREE,
     "wandb": {"metrics"},

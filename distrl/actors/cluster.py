@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from distrl.config import Config
+from distrl.errors import UserError
 from distrl.generate.engine import SOCKETS
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -58,7 +59,7 @@ KNOCK_TIMEOUT_S = 10
 """A head node that is there answers within this time."""
 
 
-class PlacementError(Exception):
+class PlacementError(UserError):
     """The cluster cannot hold a role; the message says what is missing and where."""
 
 

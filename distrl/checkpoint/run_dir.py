@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from distrl.disk import writing
+from distrl.errors import UserError
 
 # What a resumed run may change: how long, where and how watched, never what is learned.
 RESUMABLE = (
@@ -49,7 +50,7 @@ RESUMABLE = (
 LOCK = ".lock"
 
 
-class RunDirError(Exception):
+class RunDirError(UserError):
     """The run directory cannot be used; the message says what to do."""
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from distrl.disk import writing
+from distrl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _STEP = re.compile(r"step_(\d{6,})")
 _TEMPORARY = re.compile(r"step_\d{6,}\.tmp-\d+")
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, or none can be read; the message says what to do."""
 
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from distrl.checkpoint import RunDir
 from distrl.cli.evaluate import evaluate
-from distrl.cli.options import Options, parse
+from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import check_claim, claimed
 from distrl.cli.train import finished, prepare_stages, report, train
 from distrl.config import Config
 
 
-def run(about: str, argv: list[str]) -> int:
-    options = parse("demo", about, argv, default_preset="demo")
+def run(options: Options) -> int:
     config = options.config
     options = _going_on(options)
     if options.dry_run:

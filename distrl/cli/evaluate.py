@@ -13,12 +13,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from distrl.actors.launch import learner_spec
 from distrl.actors.process import tail
 from distrl.checkpoint import Checkpoints, RunDir
-from distrl.cli.options import config_of, parse, run_dir_of
+from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import policy_folder, reward_model_folder
 from distrl.config import Config, ConfigError
@@ -41,20 +40,12 @@ from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
 
-def run(about: str, argv: list[str]) -> int:
-    asks = bool({"-h", "--help"} & set(argv))
-    options = parse("evaluate", about, argv, made_with={} if asks else _made_with(argv))
+def run(options: Options) -> int:
     if options.dry_run:
         print_plan(options.config)
         return 0
     evaluate(options.config)
     return 0
-
-
-def _made_with(argv: list[str]) -> dict[str, Any]:
-    """The settings of the run that a command line names, if it has any."""
-    directory = RunDir(run_dir_of(argv))
-    return config_of(directory).model_dump(mode="json") if directory.config.exists() else {}
 
 
 def evaluate(config: Config) -> Comparison:

@@ -8,8 +8,10 @@ import os
 import sys
 
 from distrl import __version__
+from distrl.cli.options import options_of
 from distrl.config import ConfigError
 from distrl.disk import full
+from distrl.errors import UserError
 from distrl.learn.allocator import keep_freed_memory
 
 COMMANDS = {
@@ -22,6 +24,9 @@ COMMANDS = {
     "simulate": "the driver on a virtual clock: throughput, idle shares and ages at any size",
     "audit": "proves or refutes from a run's ledger what the driver promises",
 }
+
+OF_SETTINGS = ("demo", "sft", "reward-model", "train", "evaluate")
+"""Commands that take settings and flags alone; the others read their own words."""
 
 USAGE = (
     "usage: distrl COMMAND [--preset NAME] [--config FILE.yaml] [--section.field VALUE ...]\n\n"
@@ -46,10 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     keep_freed_memory()
-    module = importlib.import_module(f"distrl.cli.{command.replace('-', '_')}")
     try:
-        return module.run(COMMANDS[command], words[1:])
-    except known_errors() as error:
+        return _run(command, COMMANDS[command], words[1:])
+    except UserError as error:
         print(f"distrl {command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
@@ -63,6 +67,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _run(command: str, about: str, argv: list[str]) -> int:
+    """What is wrong with the words is said before what the command stands on is imported, which
+    takes ten seconds (torch and transformers)."""
+    name = f"distrl.cli.{command.replace('-', '_')}"
+    if command not in OF_SETTINGS:
+        return importlib.import_module(name).run(about, argv)
+    options = options_of(command, about, argv)
+    return importlib.import_module(name).run(options)
+
+
 def find_own_modules() -> None:
     """Let `module:function` be a file in the working directory, as under `python -m distrl.cli`:
     the console script's import path begins with the script's own folder. Ray adds the working
@@ -70,39 +84,3 @@ def find_own_modules() -> None:
     here = os.getcwd()
     if not sys.flags.safe_path and not {"", here} & set(sys.path):
         sys.path.insert(0, here)
-
-
-def known_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message says the cause and the fix; any other deserves its traceback."""
-    from distrl.actors.cluster import PlacementError
-    from distrl.checkpoint import CheckpointError, RunDirError
-    from distrl.data.errors import DataError
-    from distrl.disk import NotWritten
-    from distrl.driver.errors import DriverError
-    from distrl.evaluate.judge import JudgeFailed
-    from distrl.learn.loop import TrainingFailed
-    from distrl.learn.record import BadRecording
-    from distrl.learn.state import StateMismatch
-    from distrl.metrics import MetricsError
-    from distrl.models.load import ModelError
-    from distrl.roles import LearnerFailed, RoleError
-    from distrl.sync.memory import NonFiniteWeights
-
-    return (
-        ConfigError,
-        DataError,
-        ModelError,
-        TrainingFailed,
-        BadRecording,
-        PlacementError,
-        NotWritten,
-        MetricsError,
-        JudgeFailed,
-        StateMismatch,
-        NonFiniteWeights,
-        RunDirError,
-        CheckpointError,
-        DriverError,
-        LearnerFailed,
-        RoleError,
-    )

@@ -55,6 +55,21 @@ class Options:
     fresh: bool
 
 
+def options_of(command: str, about: str, argv: list[str]) -> Options:
+    """What is said to a command that takes settings and flags alone. Raises ConfigError."""
+    if command == "demo":
+        return parse(command, about, argv, default_preset="demo")
+    if command == "evaluate" and not {"-h", "--help"} & set(argv):
+        return parse(command, about, argv, made_with=_made_with(argv))
+    return parse(command, about, argv)
+
+
+def _made_with(argv: list[str]) -> dict[str, Any]:
+    """The settings of the run that a command line names, if it has any."""
+    directory = RunDir(run_dir_of(argv))
+    return config_of(directory).model_dump(mode="json") if directory.config.exists() else {}
+
+
 def parse(
     command: str,
     about: str,

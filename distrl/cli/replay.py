@@ -7,12 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from distrl.actors.launch import learner_spec
 from distrl.checkpoint import RunDir
 from distrl.cli.options import config_of
-from distrl.cli.stages import policy_folder, reward_model_folder
-from distrl.learn.record import length, recorded
-from distrl.learn.replay import replay
 from distrl.metrics import stage_progress
 
 DIFFERS = 1
@@ -37,6 +33,11 @@ def run(about: str, argv: list[str]) -> int:
     options = parser.parse_args(argv)
     directory = RunDir(options.run.resolve())
     config = config_of(directory)
+    from distrl.actors.launch import learner_spec
+    from distrl.cli.stages import policy_folder, reward_model_folder
+    from distrl.learn.record import length, recorded
+    from distrl.learn.replay import replay
+
     next(recorded(directory.recording))  # a clear error before the models are loaded
     total = min(length(directory.recording), options.until or sys.maxsize)
     with (

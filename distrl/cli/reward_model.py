@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distrl.cli.checks import check_comparisons, check_demonstrations
-from distrl.cli.options import parse
+from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
     check_claim,
@@ -15,8 +15,7 @@ from distrl.cli.stages import (
 )
 
 
-def run(about: str, argv: list[str]) -> int:
-    options = parse("reward-model", about, argv)
+def run(options: Options) -> int:
     if options.dry_run:
         print_plan(options.config)
         check_claim(options.config, resume=True, fresh=False)

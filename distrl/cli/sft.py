@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from distrl.cli.checks import check_demonstrations
-from distrl.cli.options import parse
+from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import check_claim, check_context, claimed, ensure_sft, policy_folder
 
 
-def run(about: str, argv: list[str]) -> int:
-    options = parse("sft", about, argv)
+def run(options: Options) -> int:
     if options.dry_run:
         print_plan(options.config)
         check_claim(options.config, resume=True, fresh=False)

@@ -24,7 +24,7 @@ from distrl.cli.checks import (
     known_policy,
     pretrain_rows,
 )
-from distrl.cli.options import Options, parse
+from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
     check_claim,
@@ -62,8 +62,7 @@ STOPPED = 75
 """Exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 
-def run(about: str, argv: list[str]) -> int:
-    options = parse("train", about, argv)
+def run(options: Options) -> int:
     if options.resume:
         check_there_is_a_run(options.config)
     if options.dry_run:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from distrl.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError, ValueError):
     """Data cannot be fetched, read or used. The message is for the person who runs distrl."""
 
 

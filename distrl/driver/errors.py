@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from distrl.errors import UserError
 
-class DriverError(Exception):
+
+class DriverError(UserError):
     """The run cannot go on."""
 
 

@@ -10,13 +10,14 @@ from functools import cache
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from distrl.config import ConfigError
+from distrl.errors import UserError
 
 Judge = Callable[[str], float]
 
 MEND = "mend it, or go without by --evaluate.judge None"
 
 
-class JudgeFailed(Exception):
+class JudgeFailed(UserError):
     """A judge raised, or answered something that is not a finite number."""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distrl.algo import lr_factor
+from distrl.errors import UserError
 from distrl.models.crew import ALONE, Crew, Gradients, hand_over
 
 MAX_SKIPS = 3
@@ -25,7 +26,7 @@ Item = TypeVar("Item")
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(UserError):
     """The training cannot go on; the message holds the last loss and gradient norm."""
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from distrl.errors import UserError
 from distrl.learn.experience import Experience
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ SMALL = 20_000_000
 _STEP = re.compile(r"step_(\d{6,})\.safetensors")
 
 
-class BadRecording(Exception):
+class BadRecording(UserError):
     """A recording is missing or cannot be read; the message says what and why."""
 
 

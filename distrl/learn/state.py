@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distrl.errors import UserError
 from distrl.learn.ranks import ALONE, Ranks
 
 SAME = "give the model and learn settings that the run was made with (its config.yaml)"
 
 
-class StateMismatch(ValueError):
+class StateMismatch(UserError, ValueError):
     """A saved state does not fit the model or optimizer that should take it up."""
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from distrl.disk import writing
+from distrl.errors import UserError
 from distrl.metrics.sinks import Cell, Value
 
 RESUME = "go on with --resume, from the newest checkpoint"
 REPAIR = "put a whole copy back, or start the run anew with --fresh"
 
 
-class MetricsError(Exception):
+class MetricsError(UserError):
     """A metrics file is damaged in a way that a crash does not explain."""
 
 

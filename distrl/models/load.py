@@ -21,13 +21,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from distrl.config import ModelConfig
+from distrl.errors import UserError
 from distrl.models.folder import META_FILE, replacing
 
 # Progress is the caller's to show; these bars would cut through it at every load and save.
 transformers_logging.disable_progress_bar()
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model cannot be loaded or used; the message names the folder and the fix."""
 
 

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from distrl.errors import UserError
+
 KEPT_VERSIONS = 2
 """A generator may still be reading the version before while the next is written."""
 
@@ -51,7 +53,7 @@ class Parted(Protocol):
 Weight = torch.Tensor | Parted
 
 
-class NonFiniteWeights(ValueError):
+class NonFiniteWeights(UserError, ValueError):
     """Weights hold a NaN or Inf; they are never published."""
 
 

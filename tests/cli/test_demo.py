@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from distrl.checkpoint import Checkpoints, RunDir
-from distrl.cli import demo
+from distrl.cli import demo, main
 from distrl.cli.demo import _next
 from distrl.cli.options import Options
 from distrl.config import Config
@@ -68,7 +68,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(root: Path, *words: str) -> int:
-    return demo.run("", ["--run.root", str(root), "--run.name", "d", *words])
+    return main(["demo", "--run.root", str(root), "--run.name", "d", *words])
 
 
 def test_a_second_demo_takes_all_that_is_finished(

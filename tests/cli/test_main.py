@@ -13,7 +13,8 @@ import pytest
 from distrl.actors.cluster import PlacementError
 from distrl.checkpoint import CheckpointError
 from distrl.cli import main
-from distrl.cli.main import find_own_modules, known_errors
+from distrl.cli.main import find_own_modules
+from distrl.cli.options import Options
 from distrl.disk import NotWritten
 from distrl.driver.errors import Stalled
 from distrl.evaluate import JudgeFailed
@@ -24,7 +25,7 @@ from distrl.sync.memory import NonFiniteWeights
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def run(about: str, argv: list[str]) -> int:
+    def run(options: Options) -> int:
         raise error
 
     monkeypatch.setattr("distrl.cli.train.run", run)
@@ -117,6 +118,35 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_known_errors_are_ours() -> None:
-    for error in known_errors():
-        assert error.__module__.startswith("distrl."), error
+QUICK = """
+import sys
+from distrl.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as ended:
+    status = ended.code
+heavy = {"torch", "transformers", "ray", "vllm", "matplotlib"} & set(sys.modules)
+sys.exit(f"for nothing: {heavy}" if heavy else status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("demo --help", 0),
+        ("train --help", 0),
+        ("sft --learn.lrr 1", 2),
+        ("reward-model --config nowhere.yaml", 2),
+        ("evaluate --generate.temperature 0", 2),
+        ("replay --help", 0),
+        ("replay nowhere", 2),
+        ("audit nowhere", 1),
+        ("simulate --help", 0),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_said_at_once(words: str, status: int) -> None:
+    """Not after the ten seconds in which torch and transformers are imported."""
+    ended = subprocess.run(
+        [sys.executable, "-c", QUICK, *words.split()], capture_output=True, text=True
+    )
+    assert ended.returncode == status, ended.stderr
