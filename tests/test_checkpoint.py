@@ -364,6 +364,8 @@ def test_what_was_claimed_and_not_begun_is_as_it_was(tmp_path):
         assert (run.path / ".lock").exists()
     assert not run.path.exists()
     run.close()  # twice
+    with RunDir(tmp_path / "gone").claim(yaml_of()).begin() as run:
+        shutil.rmtree(run.path)
     with RunDir(tmp_path / "old").claim(yaml_of()).begin() as run:
         run.metrics.write_text('{"step": 1}\n')
     with RunDir(run.path).claim(yaml_of(learn={"lr": 1e-3}), fresh=True):

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,9 @@ class RunDir:
         """Let another process have the directory, and remove it where nothing has begun in it. May
         be called twice."""
         if self._lock is not None:
-            if [entry.name for entry in self.path.iterdir()] == [LOCK]:
-                shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # somebody may have removed it
+                if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                    shutil.rmtree(self.path)
             os.close(self._lock)
             self._lock = None
 
