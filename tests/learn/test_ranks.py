@@ -76,11 +76,9 @@ def together(folder: Path, world: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_policy, make_groups, tmp_path_factory):
-    """Every case by one process and by two; then half of "ppo" by one, the rest by two, and the
-    other way round."""
+def job(tiny_policy, tmp_path_factory):
+    """What is to be run, and below which folder."""
     root = tmp_path_factory.mktemp("ranks")
-    batches = [make_groups(seed=step + 1) for step in range(STEPS)]
     examples = root / "examples.safetensors"
     save_examples([list(range(3, 3 + n)) for n in (4, 30, 9, 2, 17, 12)], examples)
     cases = {
@@ -88,25 +86,61 @@ def ran(tiny_policy, make_groups, tmp_path_factory):
         for name, config in CASES.items()
     }
     cases["halves"] = cases["ppo"]
-    job = {"world": 2, "policy": str(tiny_policy), "cases": cases}
-    alone = root / "alone"
-    for name, case in cases.items():
-        (alone / name).mkdir(parents=True)
-        learner = PolicyLearner(spec_of(job, case, alone / name))
-        run(learner, case, batches[: 1 if name == "halves" else STEPS], alone / name)
+    return root, {"world": 2, "policy": str(tiny_policy), "cases": cases}
+
+
+@pytest.fixture(scope="module")
+def alone(job, make_groups):
+    """Every case by one process, and the first step of "ppo"."""
+    root, job = job
+    for name, case in job["cases"].items():
+        folder = root / "alone" / name
+        folder.mkdir(parents=True)
+        learner = PolicyLearner(spec_of(job, case, folder))
+        steps = 1 if name == "halves" else STEPS
+        run(learner, case, [make_groups(seed=step + 1) for step in range(steps)], folder)
         learner.close()
-    resumed = cases["ppo"] | {"resume": str(alone / "halves" / "checkpoint")}
-    job["cases"] = {
-        name: case | {"address": free_address()}
-        for name, case in (cases | {"halves": resumed}).items()
-    }
+    return root / "alone"
+
+
+@pytest.fixture(scope="module")
+def ran(job, alone, make_groups):
+    """Every case by one process and by two, which go on with "ppo" from the one's first step."""
+    root, job = job
+    resumed = job["cases"]["ppo"] | {"resume": str(alone / "halves" / "checkpoint")}
+    cases = job["cases"] | {"halves": resumed}
+    addressed = {name: case | {"address": free_address()} for name, case in cases.items()}
     both = root / "both"
     for name in cases:
         (both / name).mkdir(parents=True)
-    (both / "job.json").write_text(json.dumps(job))
+    (both / "job.json").write_text(json.dumps(job | {"cases": addressed}))
+    batches = [make_groups(seed=step + 1) for step in range(STEPS)]
     (both / "batches.pickle").write_bytes(pickle.dumps(batches))
     together(both, 2)
     return alone, both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_that_is_alone_comes_to_the_same(alone, case, tiny_policy, make_groups, tmp_path):
+    """It has all weights whole at once, and lets go of them after each pass."""
+    job = {"policy": str(tiny_policy)}
+    examples = alone.parent / "examples.safetensors"
+    config = {"config": QUICK | CASES[case], "examples": examples if case == "shared" else None}
+    spec = spec_of(job, config, tmp_path)
+    learner = PolicyLearner(replace(spec, place=Place(address=free_address())))
+    try:
+        run(learner, config, [make_groups(seed=step + 1) for step in range(STEPS)], tmp_path)
+    finally:
+        learner.close()
+    wanted = json.loads((alone / case / "told.json").read_text())
+    found = json.loads((tmp_path / "told.json").read_text())
+    for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
+        timeless = [n for n in one if not n.startswith("time/")]
+        assert [other[n] for n in timeless] == pytest.approx([one[n] for n in timeless], abs=1e-5)
+    assert found["probe"] == pytest.approx(wanted["probe"], abs=1e-5)
+    published = [load_file(f / "published.safetensors") for f in (alone / case, tmp_path)]
+    torch.testing.assert_close(published[1], published[0], **CLOSE)
 
 
 @pytest.mark.slow
@@ -123,29 +157,6 @@ def test_two_ranks_come_to_what_one_does(ran, case):
     torch.testing.assert_close(published[1], published[0], **CLOSE)
     exported = [load_policy(folder / case / "policy").state_dict() for folder in ran]
     torch.testing.assert_close(exported[1], exported[0], **CLOSE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_a_rank_that_is_alone_comes_to_the_same(ran, case, tiny_policy, make_groups, tmp_path):
-    """It has all weights whole at once, and lets go of them after each pass."""
-    job = {"policy": str(tiny_policy)}
-    examples = ran[0].parent / "examples.safetensors"
-    config = {"config": QUICK | CASES[case], "examples": examples if case == "shared" else None}
-    spec = spec_of(job, config, tmp_path)
-    learner = PolicyLearner(replace(spec, place=Place(address=free_address())))
-    try:
-        run(learner, config, [make_groups(seed=step + 1) for step in range(STEPS)], tmp_path)
-    finally:
-        learner.close()
-    wanted = json.loads((ran[0] / case / "told.json").read_text())
-    found = json.loads((tmp_path / "told.json").read_text())
-    for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
-        timeless = [n for n in one if not n.startswith("time/")]
-        assert [other[n] for n in timeless] == pytest.approx([one[n] for n in timeless], abs=1e-5)
-    assert found["probe"] == pytest.approx(wanted["probe"], abs=1e-5)
-    published = [load_file(f / "published.safetensors") for f in (ran[0] / case, tmp_path)]
-    torch.testing.assert_close(published[1], published[0], **CLOSE)
 
 
 @pytest.mark.slow
@@ -207,9 +218,8 @@ def test_a_file_that_is_missing_is_named(ran, tiny_policy, tmp_path):
 
 
 @pytest.mark.slow
-def test_passes_in_bfloat16_train_float32_weights(ran, tiny_policy, make_groups, tmp_path):
+def test_passes_in_bfloat16_train_float32_weights(alone, tiny_policy, make_groups, tmp_path):
     """One rank, in two precisions: near the run in float32, and nothing of it is kept in half."""
-    alone, _ = ran
     half = {"config": QUICK | CASES["ppo"] | {"dtype": "bfloat16"}}
     spec = spec_of({"policy": str(tiny_policy)}, half, tmp_path)
     learner = PolicyLearner(replace(spec, place=Place(address=free_address())))
