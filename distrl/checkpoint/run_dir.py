@@ -47,8 +47,8 @@ RESUMABLE = (
     "simulate.*",
 )
 
-
 LOCK = ".lock"
+"""The file that a run's driver holds locked."""
 
 
 class RunDirError(UserError):

@@ -63,8 +63,8 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
     """Read every row that the run will use: what is wrong with one is told now, and not after the
     stages before it. Where the tokenizer is not there yet, what needs one is left to a second call.
 
-    Without a row for the evaluation a run goes on, with a word, unless it `evaluates` itself.
-    Raises DataError.
+    Functions that reward are tried on a prompt. Without a row for the evaluation a run goes on,
+    with a word, unless it `evaluates` itself. Raises DataError or ConfigError.
     """
     _, prompts = _readers(config)
     check_demonstrations(config)

@@ -53,8 +53,8 @@ def blamed(path: str, what: str) -> Iterator[None]:
 
 
 def told(error: Exception, behind: int) -> str:
-    """What a user's function raised, with its file and line: those of the first call `behind` so
-    many of ours, where it has one."""
+    """What a user's function raised, and in which of its lines. `behind`: the calls of ours that
+    the traceback begins with; a built-in has no line of its own."""
     calls = traceback.extract_tb(error.__traceback__)[behind:]
     place = f" ({calls[0].filename}, line {calls[0].lineno})" if calls else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -152,7 +152,7 @@ class SyncConfig(Section):
         "prove it",
     )
     canary_tolerance: float = Field(
-        default=5e-4,
+        default=2e-4,
         gt=0,
         description="largest log-probability gap (nats) on the probe after a sync",
     )

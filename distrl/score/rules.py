@@ -34,7 +34,7 @@ class RuleReward:
             return failure
 
     def number(self, prompt: Prompt, response: str) -> float:
-        """Raises ScoreFailed."""
+        """The reward of one response, finite. Raises ScoreFailed."""
         try:
             value = float(self._function(prompt=prompt.text, response=response, meta=prompt.meta))
         except Exception as error:  # a user's function: whatever it raises is this group's failure

@@ -144,7 +144,7 @@ REFUSED = {
     ),
     "half precision": (
         ["--learn.dtype", "bfloat16"],
-        ["learn.dtype=bfloat16", "sync.canary_tolerance=0.0005", "0.1 or so"],
+        ["learn.dtype=bfloat16", "sync.canary_tolerance=0.0002", "0.1 or so"],
     ),
     "offload": (["--learn.offload"], ["learn.gpus=0", "learn.offload=false"]),
     "replay of ranks": (
