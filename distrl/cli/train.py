@@ -84,8 +84,9 @@ def run(options: Options) -> int:
 def prepare_stages(
     config: Config, directory: RunDir, *, fresh: bool, evaluates: bool = False
 ) -> None:
-    """The stages that PPO stands on, and every check that needs no actor; what is refused before the
-    first stage leaves the directory as it was. `evaluates` where an evaluation follows at once."""
+    """The stages that PPO stands on, and every check that needs no actor; what is refused before
+    the first stage leaves the directory as it was. `evaluates` where an evaluation follows at once.
+    """
     if config.cluster.address is None:  # said now, not when SFT is over
         check_local_gpus(demands(config))
     check_functions(config)
