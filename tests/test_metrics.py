@@ -353,6 +353,16 @@ def test_a_wandb_that_hangs_holds_nothing_up(monkeypatch, tmp_path, no_key, capl
     forever.set()
 
 
+def test_the_time_to_close_counts_once_wandb_is_there(monkeypatch, tmp_path, no_key):
+    run = FakeRun()
+    module = fake_wandb(monkeypatch, lambda **_: run)
+    module.setup = lambda settings: time.sleep(1.0)  # pyright: ignore
+    sink = wandb_sink(tmp_path, close_timeout_s=0.3)
+    sink.log(1, {"reward/mean": 1.0})
+    sink.close()
+    assert run.finished and len(run.rows) == 1 and not sink.failed
+
+
 def test_secrets_stay_out_of_the_config():
     config = {"hub_token": "s3", "api_key": "s3", "generate": {"max_new_tokens": 4, "secret": "s3"}}
     cleaned = without_secrets(config)

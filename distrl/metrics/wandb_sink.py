@@ -40,6 +40,10 @@ def new_run_id() -> str:
 PICTURE_EVERY = 10
 """Steps between pictures of off-policyness by age."""
 
+START_S = 30.0
+"""What `close` waits for W&B's import, seconds. It waits for no server, so it is no part of the time
+that the rows have: on a busy machine it alone can outlast that, and a short run's rows were lost."""
+
 
 class WandbSink:
     """Logs to the W&B run `run_id`, which is created or taken up again.
@@ -52,7 +56,8 @@ class WandbSink:
         config: what the run was started with; values under names like `api_key` or
             `token` are left out.
         queue_rows: rows that may wait before new ones are dropped.
-        close_timeout_s: the most that `close` waits for rows to be written out.
+        close_timeout_s: the most that `close` waits for rows to be written out, once W&B is
+            there to take them.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class WandbSink:
         self.failed = False
         self._close_timeout_s = close_timeout_s
         self._closed = False
+        self._there = threading.Event()
         self._queue: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(queue_rows)
         self._options = {
             "dir": str(run_dir),
@@ -100,10 +106,11 @@ class WandbSink:
         self._put(send)
 
     def close(self) -> None:
-        """Wait for the rows to be written out, `close_timeout_s` at most."""
+        """Wait for the rows to be written out, `close_timeout_s` at most after W&B's own start."""
         if self._closed:
             return
         self._closed = True
+        self._there.wait(START_S)
         deadline = time.monotonic() + self._close_timeout_s
         if self._thread.is_alive():
             try:
@@ -132,6 +139,8 @@ class WandbSink:
             self._run()
         except Exception as error:
             self._warn(f"failed with {type(error).__name__}: {error}")
+        finally:
+            self._there.set()
 
     def _run(self) -> None:
         import wandb
@@ -146,6 +155,7 @@ class WandbSink:
             finish_timeout=0.8 * self._close_timeout_s,
         )
         wandb.setup(settings)  # or its login speaks before it knows that it should be silent
+        self._there.set()
         run = wandb.init(settings=settings, **self._options)
         run.define_metric("learner_step")
         run.define_metric("*", step_metric="learner_step")

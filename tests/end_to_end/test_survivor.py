@@ -22,6 +22,10 @@ from tests.end_to_end.process import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
+QUIET_S = 8.0
+"""No group came back for so long: more than one takes on a slow machine, and the ledger is written
+every second."""
+
 
 @pytest.fixture(scope="module", params=["shm", "gloo"])
 def survivor(begin: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
@@ -41,16 +45,17 @@ def survivor(begin: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
 
 
 def _stopped_at_work(run: Run, generator: psutil.Process) -> bool:
-    """Stop a generator; True where groups are left with it, which nobody else has in hand. Where
-    none are it goes on."""
+    """Stop a generator; True where groups are left with it, which nobody else has in hand: the
+    other one has ended all of its own, however long these take. Where none are it goes on."""
     generator.suspend()
-    time.sleep(3)  # the other one ends its own groups, and the ledger is written every second
-    before = _awaited(run)
-    time.sleep(2)
-    if before and before == _awaited(run):
-        return True
-    generator.resume()
-    return False
+    before, since = _awaited(run), time.monotonic()
+    while time.monotonic() < since + QUIET_S:
+        time.sleep(0.5)
+        if (now := _awaited(run)) != before:
+            before, since = now, time.monotonic()
+    if not before:
+        generator.resume()
+    return bool(before)
 
 
 def _awaited(run: Run) -> set[int]:
