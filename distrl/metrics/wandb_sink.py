@@ -41,8 +41,9 @@ PICTURE_EVERY = 10
 """Steps between pictures of off-policyness by age."""
 
 START_S = 30.0
-"""What `close` waits for W&B's import, seconds. It waits for no server, so it is no part of the time
-that the rows have: on a busy machine it alone can outlast that, and a short run's rows were lost."""
+"""What `close` waits for W&B's import, seconds. It waits for no server, so it is no part of the
+time that the rows have: on a busy machine it can outlast that alone, and a short run's rows were
+lost."""
 
 
 class WandbSink:
