@@ -123,6 +123,7 @@ def _start_here(config: Config, scratch: str) -> None:
     cpus = sum(d.workers * d.cpus for d in demands(config))
     with _loopback_only():
         ray.init(
+            "local",  # whatever RAY_ADDRESS names: only `cluster.address` joins a cluster
             num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES + int(config.driver.buffer_mib * 2**20),
@@ -149,28 +150,33 @@ def _loopback_only() -> Iterator[None]:
 
 
 def _join(address: str) -> None:
+    """Join the cluster at `address`; with "auto" the one that RAY_ADDRESS names, as Ray has it, or
+    else the one that was started on this machine."""
+    asked = f"cluster.address={address!r}"
+    if address == "auto" and (address := os.environ.get("RAY_ADDRESS") or "auto") != "auto":
+        asked += f", which is RAY_ADDRESS={address!r} of this shell,"
     try:
         if address != "auto":
-            _knock(address)
+            _knock(address, asked)
         ray.init(address=address, **SESSION)
     except AuthenticationError as error:
         raise PlacementError(
-            f"the Ray cluster at cluster.address={address!r} did not let this process in: {error} "
+            f"the Ray cluster at {asked} did not let this process in: {error} "
             f"{TOKEN} (see cluster/README.md)"
         ) from error
     except (OSError, RuntimeError) as error:
         raise PlacementError(
-            f"no Ray cluster answers at cluster.address={address!r}: {error}. "
+            f"no Ray cluster answers at {asked}: {error}. "
             f"Start one with 'ray start --head'; if it is there, it may ask for another token: "
             f"{TOKEN} (see cluster/README.md)"
         ) from error
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, asked: str) -> None:
     """Raise OSError where nobody listens: Ray itself would go on trying for many minutes."""
     host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
-        raise PlacementError(f"cluster.address={address!r} should be 'auto' or host:port")
+    if not (host and port.isdigit()) or "/" in host:
+        raise PlacementError(f"{asked} should be the head's host:port, or 'auto'")
     socket.create_connection((host, int(port)), KNOCK_TIMEOUT_S).close()
 
 

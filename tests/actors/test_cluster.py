@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -85,13 +86,34 @@ def test_a_cluster_that_is_not_there() -> None:
     for address, said in {
         "127.0.0.1:1": r"cluster\.address='127\.0\.0\.1:1'.*refused.*ray start --head",
         "nobody.invalid:6379": r"cluster\.address='nobody\.invalid:6379'.*ray start --head",
-        "127.0.0.1": r"'127\.0\.0\.1' should be 'auto' or host:port",
+        "127.0.0.1": r"'127\.0\.0\.1' should be the head's host:port",
     }.items():
         with (
             pytest.raises(PlacementError, match=said),
             connected(config(cluster={"address": address})),
         ):
             pytest.fail("joined nothing")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at {asked}.*refused"),
+        ("http://127.0.0.1:8265", "{asked} should be the head's host:port"),
+        ("ray://127.0.0.1:1", "{asked} should be the head's host:port"),
+    ],
+)
+def test_a_cluster_that_the_environment_names(
+    address: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dashboard's address is what 'ray job submit' is given, so it often stands there."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    asked = f"cluster.address='auto', which is RAY_ADDRESS='{address}' of this shell,"
+    with (
+        pytest.raises(PlacementError, match=said.format(asked=re.escape(asked))),
+        connected(config(cluster={"address": "auto"})),
+    ):
+        pytest.fail("joined nothing")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +131,7 @@ def test_a_cluster_that_asks_for_another_token(
     def refused(**_: Any) -> None:
         raise error
 
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", refused)
     with (
         pytest.raises(PlacementError, match=r"cluster\.address='auto'") as told,
@@ -174,8 +197,13 @@ with connected(Config()):
 
 @pytest.mark.slow
 def test_actors_find_functions_in_the_working_directory(tmp_path: Path) -> None:
+    """In a cluster of the run's own, whatever cluster the environment names."""
     (tmp_path / "my_rewards.py").write_text("def brevity():\n    return 17\n")
     ended = subprocess.run(
-        [sys.executable, "-c", FINDS_ITS_FUNCTION], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", FINDS_ITS_FUNCTION],
+        cwd=tmp_path,
+        env=os.environ | {"RAY_ADDRESS": "http://127.0.0.1:1"},
+        capture_output=True,
+        text=True,
     )
     assert ended.stdout == "found 17\n", ended.stderr
