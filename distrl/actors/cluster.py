@@ -194,15 +194,10 @@ def check_demands(wanted: list[Demand], nodes: list[dict[str, float]]) -> None:
                 f"Lower {_section(demand)}.cpus or {_section(demand)}.gpus, or add a machine"
             )
     for kind in ("CPU", "GPU"):
-        need = sum(d.workers * d.bundle.get(kind, 0) for d in wanted)
         there = sum(node.get(kind, 0) for node in nodes)
-        if need > there:
-            parts = ", ".join(
-                f"{d.workers} {d.role}(s) x {d.bundle[kind]:g}" for d in wanted if kind in d.bundle
-            )
+        if asked := _too_much(wanted, kind, there):
             raise PlacementError(
-                f"the run needs {need:g} {kind}s ({parts}) and the cluster has {there:g}; "
-                "use fewer workers or add a machine"
+                f"{asked} and the cluster has {there:g}; use fewer workers or add a machine"
             )
 
 
@@ -213,14 +208,23 @@ def check_local_gpus(wanted: list[Demand]) -> None:
         return
     import torch
 
-    there, need = torch.cuda.device_count(), sum(d.workers * d.gpus for d in wanted)
-    if need > there:
-        parts = ", ".join(f"{d.workers} {d.role}(s) x {d.gpus:g}" for d in wanted if d.gpus)
+    there = torch.cuda.device_count()
+    if asked := _too_much(wanted, "GPU", there):
         raise PlacementError(
-            f"the run needs {need:g} GPUs ({parts}), and this machine has {there}; lower "
+            f"{asked}, and this machine has {there}; lower "
             f"{' or '.join(f'{_section(d)}.gpus' for d in wanted if d.gpus)}, or name a cluster by "
             "cluster.address"
         )
+
+
+def _too_much(wanted: list[Demand], kind: str, there: float) -> str | None:
+    """In words, what is asked for of "CPU" or "GPU", where that is more than is there."""
+    asking = [demand for demand in wanted if kind in demand.bundle]
+    need = sum(d.workers * d.bundle[kind] for d in asking)
+    if need <= there:
+        return None
+    parts = ", ".join(f"{d.workers} {d.role}(s) x {d.bundle[kind]:g}" for d in asking)
+    return f"the run needs {need:g} {kind}s ({parts})"
 
 
 def place(wanted: list[Demand], timeout_s: float) -> dict[str, PlacementGroup]:
