@@ -337,11 +337,14 @@ def test_a_wandb_that_is_not_installed(monkeypatch, tmp_path, no_key, caplog):
     assert "goes on without it" in caplog.text
 
 
-def test_a_wandb_that_hangs_holds_nothing_up(monkeypatch, tmp_path, no_key, caplog):
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_wandb_that_hangs_holds_nothing_up(mode, monkeypatch, tmp_path, no_key, caplog):
+    monkeypatch.setenv("WANDB_MODE", mode)
     forever = threading.Event()
     fake_wandb(monkeypatch, lambda **_: forever.wait() and FakeRun())
     began = time.monotonic()
-    sink = wandb_sink(tmp_path, queue_rows=10, close_timeout_s=0.3)
+    start_s = {"online": 30.0, "offline": 0.3}[mode]
+    sink = wandb_sink(tmp_path, queue_rows=10, close_timeout_s=0.3, start_timeout_s=start_s)
     for step in range(1, 101):
         sink.log(step, {"reward/mean": 1.0})
     assert time.monotonic() - began < 0.2
@@ -353,10 +356,18 @@ def test_a_wandb_that_hangs_holds_nothing_up(monkeypatch, tmp_path, no_key, capl
     forever.set()
 
 
-def test_the_time_to_close_counts_once_wandb_is_there(monkeypatch, tmp_path, no_key):
+@pytest.mark.parametrize(
+    ("mode", "slow"), [("offline", "setup"), ("offline", "init"), ("online", "setup")]
+)
+def test_a_slow_start_of_wandb_costs_no_row(mode, slow, monkeypatch, tmp_path, no_key):
+    """Where it is this machine's, and no server's."""
+    monkeypatch.setenv("WANDB_MODE", mode)
     run = FakeRun()
     module = fake_wandb(monkeypatch, lambda **_: run)
-    module.setup = lambda settings: time.sleep(1.0)  # pyright: ignore
+    quick = getattr(module, slow)
+    monkeypatch.setattr(
+        module, slow, lambda *given, **named: time.sleep(1.0) or quick(*given, **named)
+    )
     sink = wandb_sink(tmp_path, close_timeout_s=0.3)
     sink.log(1, {"reward/mean": 1.0})
     sink.close()

@@ -40,11 +40,6 @@ def new_run_id() -> str:
 PICTURE_EVERY = 10
 """Steps between pictures of off-policyness by age."""
 
-START_S = 30.0
-"""What `close` waits for W&B's import, seconds. It waits for no server, so it is no part of the
-time that the rows have: on a busy machine it can outlast that alone, and a short run's rows were
-lost."""
-
 
 class WandbSink:
     """Logs to the W&B run `run_id`, which is created or taken up again.
@@ -57,8 +52,11 @@ class WandbSink:
         config: what the run was started with; values under names like `api_key` or
             `token` are left out.
         queue_rows: rows that may wait before new ones are dropped.
-        close_timeout_s: the most that `close` waits for rows to be written out, once W&B is
-            there to take them.
+        close_timeout_s: the most that `close` waits for rows to be written out, and for a server
+            that does not answer.
+        start_timeout_s: the most that it waits for what is this machine's alone: W&B's import, and
+            all of its start where it is offline. On a busy machine that outlasts the other, and a
+            short run's rows were lost.
     """
 
     def __init__(
@@ -71,11 +69,12 @@ class WandbSink:
         run_id: str,
         queue_rows: int = 1000,
         close_timeout_s: float = 5.0,
+        start_timeout_s: float = 30.0,
     ) -> None:
         self.run_id = run_id
         self.dropped = 0
         self.failed = False
-        self._close_timeout_s = close_timeout_s
+        self._close_timeout_s, self._start_timeout_s = close_timeout_s, start_timeout_s
         self._closed = False
         self._there = threading.Event()
         self._queue: queue.Queue[Callable[[Any, Any], None] | None] = queue.Queue(queue_rows)
@@ -107,11 +106,11 @@ class WandbSink:
         self._put(send)
 
     def close(self) -> None:
-        """Wait for the rows to be written out, `close_timeout_s` at most after W&B's own start."""
+        """Wait for the rows to be written out; how long at most, the class says."""
         if self._closed:
             return
         self._closed = True
-        self._there.wait(START_S)
+        self._there.wait(self._start_timeout_s)
         deadline = time.monotonic() + self._close_timeout_s
         if self._thread.is_alive():
             try:
@@ -156,8 +155,10 @@ class WandbSink:
             finish_timeout=0.8 * self._close_timeout_s,
         )
         wandb.setup(settings)  # or its login speaks before it knows that it should be silent
-        self._there.set()
+        if self._options["mode"] == "online":  # from here on it waits for its server
+            self._there.set()
         run = wandb.init(settings=settings, **self._options)
+        self._there.set()
         run.define_metric("learner_step")
         run.define_metric("*", step_metric="learner_step")
         while (send := self._queue.get()) is not None:
