@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -140,8 +141,8 @@ class ModelReward:
         return [np.concatenate([prompt.token_ids, s.token_ids]) for s in rollout.samples]
 
     def _encode(self, prompt: str | Messages, response: str) -> Int32s:
-        limit = self.model.context or self._tokenizer.model_max_length
-        ids, _ = encode_example(self._tokenizer, prompt, response, limit)
+        """All of it: what is too long to be read is refused, never cut."""
+        ids, _ = encode_example(self._tokenizer, prompt, response, sys.maxsize)
         return np.asarray(ids, dtype=np.int32)
 
     def _checked(self, rollout: Rollout, values: list[float]) -> list[float] | ScoreFailed:

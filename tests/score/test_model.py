@@ -178,6 +178,19 @@ def test_a_sequence_beyond_the_context_fails_and_is_no_number(reward, tokenizer)
     assert one == pytest.approx(first, abs=1e-5) and two == pytest.approx(first, abs=1e-5)
 
 
+def test_a_text_beyond_the_context_fails_too_and_is_not_cut(folder, tokenizer, tmp_path):
+    """Two responses with one beginning and other ends would have the same score."""
+    ScalarModel.load(folder).save(tmp_path / "rm", train_tokenizer(["other words"], 299, 24), {})
+    reward = ModelReward("rm", tmp_path / "rm", tokenizer, batch_tokens=64)
+    assert reward.re_encodes
+    short, long = rollout(tokenizer, "a", " film"), rollout(tokenizer, "a", "x" * 40 + " good")
+    fine, failure = reward.scores([short, long])
+    assert isinstance(fine, list)
+    assert isinstance(failure, ScoreFailed) and "1 to 24 tokens" in str(failure)
+    with pytest.raises(ValueError, match="1 to 24 tokens"):
+        reward.score_texts([("a", "x" * 40)])
+
+
 def test_a_column_called_messages_is_not_the_prompt(folder, tokenizer, tmp_path):
     tokenizer_of_its_own = train_tokenizer(["other words"], 299, 24)
     ScalarModel.load(folder).save(tmp_path / "rm", tokenizer_of_its_own, {})
