@@ -42,7 +42,7 @@ from distrl.data.stream import PromptStream
 from distrl.data.tokenizer import load_tokenizer
 from distrl.driver.driver import Driver
 from distrl.driver.ledger import FileLedger, Ledger
-from distrl.driver.ledger_file import LedgerFile
+from distrl.driver.ledger_file import OTHERWISE, LedgerError, LedgerFile
 from distrl.driver.state import Start, Summary
 from distrl.learn.pretrain import save_examples
 from distrl.learn.sft import encode
@@ -189,6 +189,11 @@ def open_ledger(config: Config, directory: RunDir, newest: Checkpoint | None) ->
     """The run's ledger, with what was not committed rolled back. Raises LedgerError."""
     if not config.driver.ledger:
         return Ledger()
+    if newest and newest.step and newest.state.get("ledger") is None and directory.ledger.exists():
+        raise LedgerError(
+            f"{directory.ledger} has a hole: the checkpoint of step {newest.step} was written with "
+            f"the ledger off; {OTHERWISE}"
+        )
     file = LedgerFile(
         directory.ledger,
         step=newest.step if newest else 0,

@@ -258,7 +258,11 @@ def _doubled(steps: Sequence[int]) -> list[tuple[int, int]]:
 
 def no_bias_by_length(db: sqlite3.Connection) -> Finding:
     """Lengths trained on are distributed as lengths generated (Kolmogorov-Smirnov)."""
-    generated = _lengths(db, "SELECT tokens FROM samples")
+    generated = _lengths(
+        db,
+        "SELECT s.tokens FROM samples s JOIN attempts a ON a.idx = s.idx AND "
+        "a.attempt = s.attempt WHERE a.undone IS NULL",
+    )
     trained = _lengths(
         db,
         "SELECT s.tokens FROM trainings t JOIN samples s ON s.idx = t.idx AND "

@@ -11,6 +11,7 @@ from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
 from distrl.cli import main
 from distrl.cli.train import open_ledger
 from distrl.config import Config, dump_yaml
+from distrl.driver.ledger_file import LedgerError, LedgerFile
 from distrl.models.folder import META_FILE
 
 
@@ -35,6 +36,17 @@ def test_the_ledger_is_told_of_all_that_is_settled(
     assert seen == {"step": 4, "cursor": 9, "ahead": [11, 12], "run_id": "r"}
     open_ledger(Config(), RunDir(tmp_path), None)
     assert seen == {"step": 0, "cursor": 0, "ahead": (), "run_id": None}
+
+
+def test_a_checkpoint_that_was_written_without_the_ledger_is_a_hole_in_it(tmp_path: Path) -> None:
+    """Also where it holds as many steps: of a stretch that was given up, and done again without."""
+    directory = RunDir(tmp_path)
+    newest = Checkpoint(step=4, path=tmp_path, state={"cursor": 9, "ledger": None})
+    with pytest.raises(LedgerError, match="is missing, and the run goes on after step 4"):
+        open_ledger(Config(), directory, newest)
+    LedgerFile(directory.ledger).close()
+    with pytest.raises(LedgerError, match=r"has a hole: the checkpoint of step 4.*ledger off"):
+        open_ledger(Config(), directory, newest)
 
 
 @pytest.fixture

@@ -158,3 +158,24 @@ def test_missing_metrics_are_said(good):
     ledger, metrics = good
     metrics.unlink()
     assert "there is no metrics.jsonl" in broken(ledger, metrics)[METRICS]
+
+
+def test_what_a_resume_rolled_back_counts_for_no_length(good):
+    """It was generated again, so a stretch of longer responses would stand there twice."""
+    ledger, metrics = good
+    before = audit(ledger, metrics)
+    db = sqlite3.connect(ledger)
+    db.execute(
+        "INSERT INTO samples SELECT idx, attempt + 50, sample, tokens * 9, finish, spans, reward, "
+        "parts FROM samples"
+    )
+    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(attempts)")]
+    copied = [{"attempt": "attempt + 50", "undone": "1"}.get(name, name) for name in columns]
+    db.execute(f"INSERT INTO attempts SELECT {', '.join(copied)} FROM attempts")
+    db.commit()
+    db.close()
+    after = audit(ledger, metrics)
+    seen = [
+        next(f.seen for f in report.findings if f.promise == LENGTHS) for report in (before, after)
+    ]
+    assert seen[0] == seen[1] and LENGTHS not in broken(ledger, metrics)
