@@ -102,7 +102,7 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.config.max_num_seqs,
         tensor_parallel_size=spec.workers,
-        distributed_executor_backend=None if on_gpu else ONE_PROCESS,
+        distributed_executor_backend=_executor(spec),
         gpu_memory_utilization=spec.config.gpu_memory,
         block_size=None if on_gpu else BLOCK,
         kv_cache_memory_bytes=None if on_gpu else int(spec.config.kv_cache_gib * 2**30),
@@ -119,6 +119,14 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
     config = args.create_engine_config()
     with OMPProcessManager(config).configure_omp_envs(0, 0):  # without effect on a GPU
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def _executor(spec: EngineSpec) -> str | None:
+    """Who runs the model. Left to itself with several GPUs, vLLM sees the actor's placement group
+    and takes Ray, which wants a bundle for each GPU where the actor has one for all."""
+    if spec.config.gpus <= 0:
+        return ONE_PROCESS
+    return "mp" if spec.workers > 1 else None
 
 
 def _environment(spec: EngineSpec) -> dict[str, str]:

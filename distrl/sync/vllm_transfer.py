@@ -7,6 +7,7 @@ memory (see `distrl.sync.memory`), which is mapped, checked and loaded in place.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -75,18 +76,25 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate])
             self._held.close()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        """Map the image and hand it to the model's own loader, tensor by tensor.
+        """Map the image and hand it to the model's own loader, tensor by tensor: on a GPU no more
+        of it is there at once than the loader holds.
 
         Raises OSError where the image is not there any more, and ValueError where it is not as
         large as was announced.
         """
         path = update_info.path
         self._held = hold(path, update_info.version)
+        if (nbytes := _nbytes(self._held)) != update_info.nbytes:
+            raise ValueError(f"{nbytes} bytes of weights where {update_info.nbytes} were sent")
         with safe_open(path, framework="pt", device=str(self.device)) as image:
-            tensors = [(name, image.get_tensor(name)) for name in image.keys()]  # noqa: SIM118
-            nbytes = sum(t.numel() * t.element_size() for _, t in tensors)
-            if nbytes != update_info.nbytes:
-                raise ValueError(f"{nbytes} bytes of weights where {update_info.nbytes} were sent")
-            cast(Any, self.model).load_weights(iter(tensors))
+            names = image.keys()
+            cast(Any, self.model).load_weights((name, image.get_tensor(name)) for name in names)
 
     def shutdown(self) -> None: ...
+
+
+def _nbytes(image: BinaryIO) -> int:
+    """Bytes of all tensors of a safetensors file, read at its beginning."""
+    header = int.from_bytes(image.read(8), "little")
+    image.seek(0)
+    return os.fstat(image.fileno()).st_size - 8 - header

@@ -82,6 +82,44 @@ def test_an_image_reaches_the_models_loader(transfer):
     publisher.close()
 
 
+def test_one_tensor_after_the_other_is_made(transfer, monkeypatch):
+    """All of them at once would be a second model, on the engine's GPU."""
+    from distrl.sync import vllm_transfer
+
+    made = []
+
+    class Image:
+        def __init__(self, path, **_):
+            self.names = ["a", "b"]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def keys(self):
+            return self.names
+
+        def get_tensor(self, name):
+            made.append(name)
+            return torch.zeros(2)
+
+    class Slow(Model):
+        def load_weights(self, weights):
+            for place, _ in enumerate(weights, start=1):
+                assert len(made) == place
+
+    monkeypatch.setattr(vllm_transfer, "safe_open", Image)
+    transfer.model = Slow()
+    publisher = SharedMemoryPublisher()
+    path, nbytes = publisher.publish({"a": torch.zeros(2), "b": torch.zeros(2)}, version=1)
+    update = vllm_transfer.SharedMemoryUpdate(path=path, version=1, nbytes=nbytes)
+    transfer.receive_weights(update)
+    assert made == ["a", "b"]
+    publisher.close()
+
+
 def test_an_image_is_held_until_its_load_is_finished(transfer, monkeypatch):
     """vLLM may keep tensors of it for so long."""
     from distrl.sync import vllm_transfer
