@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,42 @@ def test_time_left_counts_from_where_the_run_was_resumed(monkeypatch):
     now[0] += 10.0
     sink.log(21, {})  # 10 s a step, 19 steps to go
     assert out.getvalue().strip().endswith("3:10 left")
+
+
+def test_a_console_that_is_gone_or_full_ends_no_run(caplog):
+    with Path("/dev/full").open("w") as full:
+        sink = ConsoleSink(3, every_s=0, console=Console(file=full))
+        for step in (1, 2, 3):
+            sink.log(step, {"reward/mean": 1.0})
+        sink.close()
+        with suppress(OSError):
+            full.close()
+    assert caplog.text.count("cannot be shown any more") == 1
+
+
+UNREAD = """
+import sys, time
+from distrl.metrics import ConsoleSink
+sink = ConsoleSink(3, every_s=0)
+for step in (1, 2, 3):
+    sink.log(step, {})
+    time.sleep(0.2)
+sink.close()
+print("more", flush=True)
+print("went on", file=sys.stderr)
+"""
+
+
+def test_a_reader_that_has_gone_ends_no_run():
+    """`distrl train | head`: the first line is read, and the pipe closed."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", UNREAD], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert run.stdout is not None and run.stderr is not None
+    assert run.stdout.readline().startswith(b"PPO 1/3")
+    run.stdout.close()
+    assert run.stderr.read().endswith(b"went on\n")
+    assert run.wait() == 0
 
 
 # --- W&B -----------------------------------------------------------------------------------

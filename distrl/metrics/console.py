@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from distrl.metrics.sinks import Cell, Value
+
+logger = logging.getLogger(__name__)
 
 RATE = "rollout/tokens_per_second"
 
@@ -67,6 +71,10 @@ class StageProgress:
         return live
 
     def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        with self._dispensable():
+            self._show(step, values)
+
+    def _show(self, step: int, values: Mapping[str, Value]) -> None:
         text = f"{self._text(values)}  {self._time_left(step)}"
         if self._live is not None:
             self._live.update(self._task, completed=step, values=text)
@@ -74,13 +82,30 @@ class StageProgress:
             self._last_line = time.monotonic()
             # `out` neither wraps nor styles: one step is one line of the log file.
             self._console.out(f"{self.stage} {step}/{self.total}  {text}", highlight=False)
-            self._console.file.flush()
+            if not self._console.quiet:
+                self._console.file.flush()
 
     def close(self) -> None:
         """Leave the last state on the screen."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with self._dispensable():
+                live.stop()
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        """No work ends because it cannot be shown: a log file's disk is full, a pipe's reader has
+        gone. Said once; from then on what goes to standard output is dropped."""
+        try:
+            yield
+        except (OSError, SystemExit) as error:  # rich would end the process with its reader
+            self._console.quiet = True
+            logger.warning("the progress of %s cannot be shown any more: %s", self.stage, error)
+            if self._console.file is sys.stdout:
+                with suppress(OSError):
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, sys.stdout.fileno())
+                    os.close(nowhere)
 
     def _text(self, values: Mapping[str, Value]) -> str:
         labels = self._shown or {name: name for name in values}

@@ -15,7 +15,8 @@ METRICS: dict[str, str] = {
     "kl/ref": "KL of the policy to the reference policy, k1, summed over a response (nats)",
     "kl/coef": "price of a nat of KL in the reward (reward units per nat)",
     "ppo/clip_fraction": "share of response tokens whose probability ratio was clipped (0..1)",
-    "ppo/approx_kl": "KL of the updated policy to the proximal one, a token (nats)",
+    "ppo/approx_kl": "KL to the proximal policy that each minibatch finds before its update, their "
+    "mean (nats a token); 0 where a step has one minibatch",
     "ppo/moved": "KL after a step to what its ratios are from, a token (objective.penalty_target)",
     "ppo/entropy": "entropy of the policy's next-token distribution (nats a token)",
     "ppo/ess": "effective sample size of the importance ratios, uncut, over their number (0..1)",
