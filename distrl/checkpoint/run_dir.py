@@ -37,6 +37,8 @@ RESUMABLE = (
     "learn.ranks",
     "learn.checkpoint_activations",
     "learn.offload",
+    "learn.record",
+    "learn.record_mib",
     "generate.workers",
     "score.workers",
     "sync.*",

@@ -71,6 +71,12 @@ def run(about: str, argv: list[str]) -> int:
     for point, config in track(pairs, "simulating", disable=len(pairs) < 2):
         results.append((point, *_run(config, audited=own.audit)))
     _show(results, Console())
+    if any(config.driver.max_staleness == "auto" for config in configs):
+        print(
+            "driver.max_staleness=auto: a simulation has no data whose effective sample size could "
+            "hold the bound down, so it rises to driver.staleness_ceiling; of a real run this is "
+            "the best case. Bounds of their own: --sweep max_staleness=0,1,2,4"
+        )
     with writing("the figures", own.out, "simulate again, or name another --out"):
         _write(own.out, results)
     return 0 if all(report is None or report.holds for _, _, report in results) else 1

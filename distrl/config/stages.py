@@ -21,7 +21,12 @@ class RunConfig(Section):
         description="name of the run directory",
     )
     root: Path = Field(default=Path("runs"), description="folder that run directories are made in")
-    seed: int = Field(default=0, ge=0, description="seed of data order, initialisation and engines")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,  # as vLLM has it
+        description="seed of data order, initialisation and engines",
+    )
 
     @property
     def dir(self) -> Path:

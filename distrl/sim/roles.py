@@ -79,11 +79,11 @@ class SimGenerator:
         """Decode the group's samples beside all others; stamp them with the versions held."""
         fault = self._faults.next("work")
         began_s = asyncio.get_running_loop().time()
+        if self._gate is not None:
+            await self._pass_gate()
         if fault == "hang":
             await self._process.wait(self._hang_s)
             raise RoleError(f"{self.name}: prompt {prompt.index} took longer than {self._hang_s} s")
-        if self._gate is not None:
-            await self._pass_gate()
         engine = self._engine
         decoding = engine.add(self._lengths(prompt.index))
         try:

@@ -113,6 +113,8 @@ REFUSED = {
     "no value": (["--learn.lr"], ["--learn.lr", "expected one argument"]),
     "wrong type": (["--learn.lr", "fast"], ["learn.lr", "valid number", "'fast'"]),
     "wrong choice": (["--learn.schedule", "odd"], ["learn.schedule", "'linear' or 'cosine'"]),
+    "not a number": (["--score.missing_eos_score", "nan"], ["score.missing_eos_score", "finite"]),
+    "a seed that vLLM has no room for": (["--run.seed", "4294967296"], ["run.seed", "less than"]),
     "out of range": (["--generate.temperature", "0"], ["generate.temperature", "greater than 0"]),
     "no preset": (["--preset", "nope"], ["'nope'", "bai, dapo, demo, grpo, "]),
     "no file": (["--config", "/no/such.yaml"], ["/no/such.yaml"]),

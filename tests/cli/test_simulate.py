@@ -62,11 +62,13 @@ def test_a_replay_has_a_first_step(tmp_path, capsys):
         assert "is no step; the first one is 1" in capsys.readouterr().err
 
 
-def test_faults_and_auto_by_the_settings(tmp_path):
+def test_faults_and_auto_by_the_settings(tmp_path, capsys):
     status, (point,) = simulated(
         tmp_path, "--simulate.fail_rate", "0.2", "--driver.max_staleness", "auto"
     )
     assert status == 0 and point["retries"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no data whose effective sample size could hold the bound down" in said
 
 
 @pytest.mark.parametrize(
