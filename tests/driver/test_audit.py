@@ -169,8 +169,9 @@ def test_what_a_resume_rolled_back_counts_for_no_length(good):
         "INSERT INTO samples SELECT idx, attempt + 50, sample, tokens * 9, finish, spans, reward, "
         "parts FROM samples"
     )
-    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(attempts)")]
-    copied = [{"attempt": "attempt + 50", "undone": "1"}.get(name, name) for name in columns]
+    columns = [str(name) for _, name, *_ in db.execute("PRAGMA table_info(attempts)")]
+    other = {"attempt": "attempt + 50", "undone": "1"}
+    copied = [other.get(name, name) for name in columns]
     db.execute(f"INSERT INTO attempts SELECT {', '.join(copied)} FROM attempts")
     db.commit()
     db.close()
