@@ -4,7 +4,7 @@
 
 JOB: a folder with `job.json` (world, policy, cases: name -> address, config, examples, resume) and
 `batches.pickle` (a list of groups for each step). Of each case, `NAME/` gets the metrics of each
-step, the published image, a checkpoint and an export.
+step, the published image, a checkpoint and an export, and at its end `done.RANK`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def main(folder: Path, rank: int) -> None:
             run(learner, case, batches, folder / name)
         finally:
             learner.close()
+        (folder / name / f"done.{rank}").touch()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,28 +55,6 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def together(folder: Path, world: int) -> None:
-    """Run `rank_process.py` in as many processes."""
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "rank_process.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, folder, str(rank)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
-
-
 @pytest.fixture(scope="module")
 def job(tiny_policy, tmp_path_factory):
     """What is to be run, and below which folder."""
@@ -91,94 +71,116 @@ def job(tiny_policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(job, make_groups):
-    """Every case by one process, and the first step of "ppo"."""
+    """`alone(case)`: the folder of one process that ran it; of "halves" the first step of "ppo"."""
     root, job = job
-    for name, case in job["cases"].items():
+
+    @functools.cache
+    def ran(name: str) -> Path:
         folder = root / "alone" / name
         folder.mkdir(parents=True)
-        learner = PolicyLearner(spec_of(job, case, folder))
-        steps = 1 if name == "halves" else STEPS
-        run(learner, case, [make_groups(seed=step + 1) for step in range(steps)], folder)
+        learner = PolicyLearner(spec_of(job, job["cases"][name], folder))
+        batches = [make_groups(seed=step + 1) for step in range(1 if name == "halves" else STEPS)]
+        run(learner, job["cases"][name], batches, folder)
         learner.close()
-    return root / "alone"
+        return folder
+
+    return ran
 
 
 @pytest.fixture(scope="module")
-def ran(job, alone, make_groups):
-    """Every case by one process and by two, which go on with "ppo" from the one's first step."""
+def both(job, alone, make_groups):
+    """`both(case)`: the folder of two processes that run all cases, one after the other, once that
+    one is done; "halves" goes on from what the one process saved."""
     root, job = job
-    resumed = job["cases"]["ppo"] | {"resume": str(alone / "halves" / "checkpoint")}
+    resumed = job["cases"]["ppo"] | {"resume": str(alone("halves") / "checkpoint")}
     cases = job["cases"] | {"halves": resumed}
     addressed = {name: case | {"address": free_address()} for name, case in cases.items()}
-    both = root / "both"
+    folder = root / "both"
     for name in cases:
-        (both / name).mkdir(parents=True)
-    (both / "job.json").write_text(json.dumps(job | {"cases": addressed}))
+        (folder / name).mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps(job | {"cases": addressed}))
     batches = [make_groups(seed=step + 1) for step in range(STEPS)]
-    (both / "batches.pickle").write_bytes(pickle.dumps(batches))
-    together(both, 2)
-    return alone, both
+    (folder / "batches.pickle").write_bytes(pickle.dumps(batches))
+    script = Path(__file__).parent / "rank_process.py"
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with (folder / "said").open("w") as said:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, folder, str(rank)],
+                env=env,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(job["world"])
+        ]
+
+    def ran(name: str) -> Path:
+        while not all((folder / name / f"done.{rank}").exists() for rank in range(job["world"])):
+            ended = [process.poll() for process in processes]
+            assert not any(ended), (folder / "said").read_text()
+            time.sleep(0.1)
+        return folder / name
+
+    yield ran
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_rank_that_is_alone_comes_to_the_same(alone, case, tiny_policy, make_groups, tmp_path):
+def test_a_rank_that_is_alone_comes_to_the_same(job, alone, case, make_groups, tmp_path):
     """It has all weights whole at once, and lets go of them after each pass."""
-    job = {"policy": str(tiny_policy)}
-    examples = alone.parent / "examples.safetensors"
-    config = {"config": QUICK | CASES[case], "examples": examples if case == "shared" else None}
+    _, job = job
+    config = job["cases"][case]
     spec = spec_of(job, config, tmp_path)
     learner = PolicyLearner(replace(spec, place=Place(address=free_address())))
     try:
         run(learner, config, [make_groups(seed=step + 1) for step in range(STEPS)], tmp_path)
     finally:
         learner.close()
-    wanted = json.loads((alone / case / "told.json").read_text())
+    wanted = json.loads((alone(case) / "told.json").read_text())
     found = json.loads((tmp_path / "told.json").read_text())
     for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
         timeless = [n for n in one if not n.startswith("time/")]
         assert [other[n] for n in timeless] == pytest.approx([one[n] for n in timeless], abs=1e-5)
     assert found["probe"] == pytest.approx(wanted["probe"], abs=1e-5)
-    published = [load_file(f / "published.safetensors") for f in (alone / case, tmp_path)]
+    published = [load_file(f / "published.safetensors") for f in (alone(case), tmp_path)]
     torch.testing.assert_close(published[1], published[0], **CLOSE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_come_to_what_one_does(ran, case):
-    alone, both = (json.loads((folder / case / "told.json").read_text()) for folder in ran)
-    assert len(alone["metrics"]) == STEPS
-    for one, two in zip(alone["metrics"], both["metrics"], strict=True):
+def test_two_ranks_come_to_what_one_does(alone, both, case):
+    folders = both(case), alone(case)
+    told, wanted = (json.loads((folder / "told.json").read_text()) for folder in folders)
+    assert len(wanted["metrics"]) == STEPS
+    for one, two in zip(wanted["metrics"], told["metrics"], strict=True):
         timeless = [n for n in one if not n.startswith("time/") and n != "learn/padding"]
         assert two.keys() == one.keys()
         assert [two[n] for n in timeless] == pytest.approx([one[n] for n in timeless], abs=1e-5)
-    assert both["probe"] == pytest.approx(alone["probe"], abs=1e-5)
-    published = [load_file(folder / case / "published.safetensors") for folder in ran]
-    torch.testing.assert_close(published[1], published[0], **CLOSE)
-    exported = [load_policy(folder / case / "policy").state_dict() for folder in ran]
-    torch.testing.assert_close(exported[1], exported[0], **CLOSE)
+    assert told["probe"] == pytest.approx(wanted["probe"], abs=1e-5)
+    published = [load_file(folder / "published.safetensors") for folder in folders]
+    torch.testing.assert_close(*published, **CLOSE)
+    exported = [load_policy(folder / "policy").state_dict() for folder in folders]
+    torch.testing.assert_close(*exported, **CLOSE)
 
 
 @pytest.mark.slow
-def test_two_ranks_take_up_what_one_saved(ran):
-    alone, both = ran
-    unbroken = load_file(alone / "ppo" / "published.safetensors")
-    torch.testing.assert_close(
-        load_file(both / "halves" / "published.safetensors"), unbroken, **CLOSE
-    )
+def test_two_ranks_take_up_what_one_saved(alone, both):
+    unbroken = load_file(alone("ppo") / "published.safetensors")
+    resumed = load_file(both("halves") / "published.safetensors")
+    torch.testing.assert_close(resumed, unbroken, **CLOSE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_one_takes_up_what_two_ranks_saved(ran, case, tiny_policy, make_groups, tmp_path):
-    alone, both = ran
-    job = {"policy": str(tiny_policy)}
-    examples = alone.parent / "examples.safetensors"
-    config = {"config": QUICK | CASES[case], "examples": examples if case == "shared" else None}
+def test_one_takes_up_what_two_ranks_saved(job, alone, both, case, make_groups, tmp_path):
+    _, job = job
     found = []
-    for folder in (alone, both):
-        learner = PolicyLearner(spec_of(job, config, tmp_path))
-        learner.load(folder / case / "checkpoint")
+    for folder in (alone(case), both(case)):
+        learner = PolicyLearner(spec_of(job, job["cases"][case], tmp_path))
+        learner.load(folder / "checkpoint")
         assert learner.step == STEPS
         learner.learn(make_groups(seed=9))
         state = learner.networks.policy_state()
@@ -188,14 +190,13 @@ def test_one_takes_up_what_two_ranks_saved(ran, case, tiny_policy, make_groups, 
 
 
 @pytest.mark.slow
-def test_each_rank_keeps_its_half_alone(ran):
-    alone, both = ran
-    halves = sorted((both / "ppo" / "checkpoint").glob("policy.*-of-*.safetensors"))
+def test_each_rank_keeps_its_half_alone(alone, both):
+    halves = sorted((both("ppo") / "checkpoint").glob("policy.*-of-*.safetensors"))
     assert [half.name for half in halves] == [
         "policy.00000-of-00002.safetensors",
         "policy.00001-of-00002.safetensors",
     ]
-    whole = load_file(alone / "ppo" / "checkpoint" / "policy.safetensors")
+    whole = load_file(alone("ppo") / "checkpoint" / "policy.safetensors")
     parts = [load_file(half) for half in halves]
     for name, tensor in whole.items():
         if "rotary" not in name:
@@ -203,11 +204,10 @@ def test_each_rank_keeps_its_half_alone(ran):
 
 
 @pytest.mark.slow
-def test_a_file_that_is_missing_is_named(ran, tiny_policy, tmp_path):
-    _, both = ran
+def test_a_file_that_is_missing_is_named(both, tiny_policy, tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    for path in (both / "ppo" / "checkpoint").iterdir():
+    for path in (both("ppo") / "checkpoint").iterdir():
         if path.name != "critic.00001-of-00002.safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
     job, config = {"policy": str(tiny_policy)}, {"config": QUICK | CASES["ppo"]}
@@ -232,10 +232,10 @@ def test_passes_in_bfloat16_train_float32_weights(alone, tiny_policy, make_group
         learner.load(tmp_path / "checkpoint")
     finally:
         learner.close()
-    told = json.loads((alone / "ppo" / "told.json").read_text())["metrics"][-1]
+    told = json.loads((alone("ppo") / "told.json").read_text())["metrics"][-1]
     for name in ("ppo/entropy", "value/mean", "kl/ref"):
         assert reports[-1].metrics[name] == pytest.approx(told[name], rel=0.05, abs=0.05)
-    exact = load_file(alone / "ppo" / "checkpoint" / "policy.safetensors")
+    exact = load_file(alone("ppo") / "checkpoint" / "policy.safetensors")
     found = load_file(tmp_path / "checkpoint" / "policy.safetensors")
     exported = load_policy(tmp_path / "policy").state_dict()
     assert all(torch.equal(exported[n], found[n]) for n in exported if n in found)
