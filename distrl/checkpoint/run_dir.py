@@ -179,7 +179,9 @@ class RunDir:
             raise RunDirError(f"{there} is no folder; choose another run.root or --run.name")
 
     def has_progress(self) -> bool:
-        """Whether a run has left steps, checkpoints or a policy here."""
+        """Whether a run has left steps, checkpoints or a policy here that `begin` will keep."""
+        if self._fresh:
+            return False
         metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
         folders = (self.checkpoints, self.policy)
         return metrics or any(f.is_dir() and any(f.iterdir()) for f in folders)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from distrl.checkpoint import RunDir
 from distrl.cli.checks import check_comparisons, check_demonstrations
 from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
     check_claim,
     check_context,
+    check_kept,
     claimed,
     ensure_sft,
     make_reward_model,
@@ -16,11 +18,14 @@ from distrl.cli.stages import (
 
 
 def run(options: Options) -> int:
+    anew = reward_stage(options.config) if options.fresh else None
     if options.dry_run:
         print_plan(options.config)
         check_claim(options.config, resume=True, fresh=False)
+        check_kept(options.config, RunDir(options.config.run.dir), anew)
         return 0
     with claimed(options.config, resume=True, fresh=False) as directory:
+        check_kept(options.config, directory, anew)
         check_context(options.config)
         check_demonstrations(options.config)
         check_comparisons(options.config)

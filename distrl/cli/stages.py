@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrl.checkpoint import RunDir
+from distrl.checkpoint import RunDir, RunDirError
 from distrl.checkpoint.run_dir import flat
 from distrl.config import Config, ConfigError, dump_yaml, resolve
 from distrl.data.smollm2 import resolve_model
@@ -46,11 +46,14 @@ class Stage:
         """Say so where a file of rows was written after the stage was made from it."""
         made_s = (self.folder / "stage.json").stat().st_mtime
         files = [Path(name) for name in (config.data.source, config.data.validation) if name]
+        again = f"give 'distrl {self.folder.name} --fresh' before PPO has taken a step, or "
+        if RunDir(config.run.dir).has_progress():
+            again = "this run goes on from what it held; "
         for file in files:
             if file.is_file() and file.stat().st_mtime > made_s:
                 print(
-                    f"{self.title}: {file} was written after that; to learn from what it holds "
-                    f"now, give 'distrl {self.folder.name} --fresh', or another --run.name",
+                    f"{self.title}: {file} was written after that; {again}choose another "
+                    "--run.name to learn from what it holds now",
                     flush=True,
                 )
 
@@ -59,14 +62,15 @@ class Stage:
         temporary.write_text(json.dumps(self.settings, indent=1))
         temporary.replace(self.folder / "stage.json")
 
-    def clear(self) -> None:
-        """Make room for another outcome; of one that was finished, say why it goes."""
+    def clear(self, cause: str = "--fresh") -> None:
+        """Make room for another outcome; of one that was finished, say why it goes: `cause`, unless
+        its settings have changed."""
         made_with = self._made_with()
         if made_with is not None:
             before, now = flat(made_with), flat(self.settings)
             names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
             changed = [f"{name} ({before.get(name)} -> {now.get(name)})" for name in names]
-            why = f"other settings: {', '.join(changed)}" if changed else "--fresh"
+            why = f"other settings: {', '.join(changed)}" if changed else cause
             print(f"{self.title}: made anew in {self.folder}; {why}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -138,6 +142,24 @@ def check_claim(config: Config, *, resume: bool, fresh: bool) -> None:
     RunDir(config.run.dir).check(dump_yaml(config), resume=resume, fresh=fresh)
 
 
+def check_kept(config: Config, directory: RunDir, anew: Stage | None = None) -> None:
+    """Raise RunDirError where a run that goes on would lose a stage that its PPO began from: it is
+    `anew`, which is asked for, or it is not there and would be made."""
+    stages = [sft_stage(config)] * (config.sft.epochs > 0)
+    stages += [reward_stage(config)] * trains_reward_model(config)
+    if not directory.has_progress():
+        return
+    for stage in stages:
+        if stage == anew or not stage.finished():
+            raise RunDirError(
+                f"{stage.title}: {directory.path} holds a run that began from what was made in "
+                f"{stage.folder}, "
+                + ("so it stays" if stage.finished() else "which is no longer there: put it back")
+                + f"; to make it anew choose another --run.name, or remove {directory.path}, the "
+                "run and all"
+            )
+
+
 def check_functions(config: Config) -> None:
     """Functions that the configuration names are looked up here once, and what the learner will
     call is tried, so that a mistake is told now and not by an actor. Raises ConfigError."""
@@ -194,7 +216,8 @@ def check_context(config: Config) -> None:
 
 
 def ensure_sft(config: Config, *, fresh: bool = False) -> None:
-    """Run the SFT stage unless it is finished or not wanted (`sft.epochs=0`)."""
+    """Run the SFT stage unless it is finished or not wanted (`sft.epochs=0`); a reward model that
+    came of what was there goes with it."""
     from distrl.learn.sft import run_sft
 
     if not config.sft.epochs:
@@ -205,6 +228,7 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
         print(f"SFT: finished before, reusing {stage.folder / 'policy'}", flush=True)
         stage.tell_of_newer(config)
         return
+    reward_stage(config).clear("it came of the SFT policy that is made anew")
     stage.clear()
     with _Progress(stage.title) as on_step:
         report = run_sft(config, stage.folder, on_step)

@@ -25,11 +25,13 @@ from distrl.cli.checks import (
     pretrain_rows,
 )
 from distrl.cli.options import Options
+from distrl.cli.origin import check_origin, origin_of
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
     check_claim,
     check_context,
     check_functions,
+    check_kept,
     claimed,
     ensure_reward_model,
     ensure_sft,
@@ -89,6 +91,7 @@ def prepare_stages(
     """
     if config.cluster.address is None:  # said now, not when SFT is over
         check_local_gpus(demands(config))
+    check_kept(config, directory)
     check_functions(config)
     check_context(config)
     tokenizer_is_there = known_policy(config) is not None
@@ -152,8 +155,7 @@ def train(options: Options, directory: RunDir) -> Summary:
     )
     source = prompt_stream(config, policy)
     check_models(config, policy, reward_model)
-    if config.learn.pretrain.coef:
-        write_pretrain(config, policy, directory.pretrain)
+    origin = origin_of(config, policy)
     checkpoints = Checkpoints(
         directory.checkpoints,
         config.driver.keep_checkpoints,
@@ -161,13 +163,19 @@ def train(options: Options, directory: RunDir) -> Summary:
     )
     checkpoints.check_space()
     newest = checkpoints.latest() if options.resume else None
+    if newest is not None:
+        check_origin(newest, origin)
+    if config.learn.pretrain.coef:
+        write_pretrain(config, policy, directory.pretrain)
     rewind_run(directory.path, newest.step if newest else 0)
     if newest is None:  # of a life before the first checkpoint
         shutil.rmtree(directory.recording, ignore_errors=True)
     if newest is not None:
         print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
     with contextlib.closing(open_ledger(config, directory, newest)) as ledger, connected(config):
-        work = _train(config, directory, checkpoints, newest, source, policy, reward_model, ledger)
+        work = _train(
+            config, directory, checkpoints, newest, source, policy, reward_model, ledger, origin
+        )
         return asyncio.run(_interrupted_by_term(work))
 
 
@@ -238,6 +246,7 @@ async def _train(
     policy: Path,
     reward_model: Path | None,
     ledger: Ledger,
+    origin: dict[str, str],
 ) -> Summary:
     start = Start.from_state(newest.state, newest.path) if newest else Start()
     wandb_id = newest.state["wandb_id"] if newest else new_run_id()
@@ -267,7 +276,7 @@ async def _train(
             samples_per_prompt=config.generate.samples_per_prompt,
             start=start,
             on_rollouts=_Tables(config, sink),
-            extra_state={"wandb_id": wandb_id},
+            extra_state={"wandb_id": wandb_id, "origin": origin},
             ledger=ledger,
         )
         try:

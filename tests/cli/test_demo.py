@@ -92,6 +92,17 @@ def test_fresh_makes_all_of_it_again(done: list[str], tmp_path: Path) -> None:
     assert done == EVERYTHING * 2
 
 
+def test_a_lost_stage_is_made_again_only_where_all_is(
+    done: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path) == 0
+    done.clear()
+    (tmp_path / "d" / "sft" / "stage.json").unlink()
+    assert run(tmp_path) == 1 and done == []
+    assert "which is no longer there: put it back" in capsys.readouterr().err
+    assert run(tmp_path, "--fresh") == 0 and done == EVERYTHING
+
+
 def test_a_demo_that_was_stopped_goes_on_by_itself(
     done: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

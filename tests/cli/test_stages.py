@@ -49,6 +49,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return notes
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are not looked at: the policy of `made` has no tokenizer to read them with."""
+    monkeypatch.setattr("distrl.cli.reward_model.check_comparisons", lambda _: None)
+
+
 def config(root: Path, **sections: Any) -> Config:
     return Config.model_validate({"run": {"name": "r", "root": str(root)}, **sections})
 
@@ -207,6 +213,11 @@ def test_rows_that_were_written_since_are_told_of(
     both(settings)
     said = capsys.readouterr().out
     assert f"SFT: {rows} was written after that" in said and "'distrl sft --fresh'" in said
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 1}\n')
+    both(settings)
+    said = capsys.readouterr().out
+    assert f"SFT: {rows} was written after that; this run goes on from what it held" in said
+    assert "another --run.name" in said and "--fresh" not in said
 
 
 def test_the_settings_are_kept_for_people_to_read(made: list[str], tmp_path: Path) -> None:
@@ -243,7 +254,7 @@ def test_no_reward_model_is_trained_where_others_reward(made: list[str], tmp_pat
 
 
 def test_commands_make_the_stage_before(
-    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: list[str], unread: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--run.root", str(tmp_path), "--run.name", "r"]
     assert main(["reward-model", *words]) == 0
@@ -253,7 +264,80 @@ def test_commands_make_the_stage_before(
     )
     assert main(["sft", "--fresh", *words]) == 0
     assert made == ["sft", "reward model", "sft"]
-    assert capsys.readouterr().out.splitlines()[-1] == f"policy: {tmp_path / 'r/sft/policy'}"
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"policy: {tmp_path / 'r/sft/policy'}"
+    assert "Reward model: made anew" in said and "it came of the SFT policy" in said
+    assert main(["reward-model", *words]) == 0
+    assert made == ["sft", "reward model"] * 2, "the one that came of another policy is gone"
+
+
+def test_a_reward_model_of_other_settings_goes_with_its_policy_too(
+    made: list[str], tmp_path: Path
+) -> None:
+    """Or it would be taken up again once its settings are back."""
+    both(config(tmp_path))
+    other = config(tmp_path, reward_model={"lr": 1e-4})
+    ensure_sft(other, fresh=True)
+    both(config(tmp_path))
+    assert made == ["sft", "reward model", "sft", "reward model"]
+
+
+@pytest.fixture
+def begun(made: list[str], unread: None, tmp_path: Path) -> list[str]:
+    """A run that has taken a step of PPO; the words that name it."""
+    both(config(tmp_path))
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "r" / "config.yaml").write_text(dump_yaml(config(tmp_path)))
+    made.clear()
+    return ["--run.root", str(tmp_path), "--run.name", "r"]
+
+
+@pytest.mark.parametrize(
+    "command, title", [("sft", "SFT"), ("reward-model", "Reward model")], ids=["sft", "rewards"]
+)
+def test_fresh_leaves_what_a_run_began_from(
+    begun: list[str],
+    made: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    title: str,
+) -> None:
+    for more in ([], ["--dry-run"]):
+        assert main([command, "--fresh", *begun, *more]) == 1
+        said = capsys.readouterr().err
+        assert f"{title}: {tmp_path / 'r'} holds a run that began from what was made in" in said
+        assert f"choose another --run.name, or remove {tmp_path / 'r'}" in said
+        assert main([command, *begun, *more]) == 0, "as it is, it is reused"
+    assert made == []
+    assert all(stage(config(tmp_path)).finished() for stage in (sft_stage, reward_stage))
+
+
+@pytest.mark.parametrize("lost", ["sft", "reward-model"])
+def test_a_stage_that_a_run_began_from_is_not_made_up_for(
+    begun: list[str],
+    made: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lost: str,
+) -> None:
+    (tmp_path / "r" / lost / "stage.json").unlink()
+    for command in (["sft"], ["reward-model"], ["train", "--resume"]):
+        assert main([*command, *begun]) == 1
+        said = capsys.readouterr().err
+        assert f"made in {tmp_path / 'r' / lost}, which is no longer there: put it back" in said
+    assert made == []
+
+
+def test_a_reward_model_that_no_run_has_begun_from_is_made(
+    begun: list[str], made: list[str], tmp_path: Path
+) -> None:
+    """The run's rewards are functions alone."""
+    rule = ["--score.parts", '[{"name": "r", "function": "builtins:len"}]']
+    settings = config(tmp_path, score={"parts": [{"name": "r", "function": "builtins:len"}]})
+    (tmp_path / "r" / "config.yaml").write_text(dump_yaml(settings))
+    assert main(["reward-model", "--fresh", *begun, *rule]) == 0
+    assert made == ["reward model"]
 
 
 @pytest.mark.parametrize("command", ["sft", "reward-model", "train", "demo"])
