@@ -195,6 +195,10 @@ def validated(values: dict[str, Any]) -> Config:
 def _plain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         name = ".".join(str(part) for part in problem["loc"])
+        if any("." in str(part) for part in problem["loc"]) and name in dict(settings()):
+            *sections, field = name.split(".")
+            nested = " under ".join(f"`{part}:`" for part in [field, *reversed(sections)])
+            return f"dotted names are for the command line; in a file, nest {nested}"
         return f"no such setting{did_you_mean(name)}; {EXPLAINED}"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,15 +199,25 @@ def _divisors(n: int) -> list[int]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError names the file and the trouble."""
+    """The mapping in a YAML file; ConfigError names the file and the trouble: a name that is given
+    twice is one, as YAML's own reader would keep the last alone."""
     try:
-        values = yaml.safe_load(path.read_text())
+        loader = yaml.SafeLoader(path.read_text())
+        root = loader.get_single_node()
+        twice = next(_twice(root, "", set()), None)
+        values = None if root is None or twice else loader.construct_document(root)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file that can be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
+    if twice:
+        name, first, line = twice
+        raise ConfigError(
+            f"{path}:{line}: {name} is given already in line {first}, and one of them would be "
+            "lost; put them together, or leave one out"
+        )
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -214,6 +225,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} should hold a mapping of sections, found {type(values).__name__}"
         )
     return values
+
+
+def _twice(node: yaml.Node | None, above: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:
+    """(dotted name, line of the first, line of the second) of what a mapping has twice. What an
+    alias names again was `seen`."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _twice(value, above, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        name, line = key.value, key.start_mark.line + 1
+        if name in lines and name != "<<":
+            yield f"{above}{name}", lines[name], line
+        lines[name] = line
+        yield from _twice(value, f"{above}{name}.", seen)
 
 
 def preset_path(name: str) -> Path:

@@ -188,6 +188,20 @@ def test_the_horizon_that_the_message_asks_for_is_taken() -> None:
         ("- a\n- b", ["mapping of sections"]),
         ("learn: {lr: [", ["not YAML"]),
         ("learn: {lr: -1}\ndriver: {steps: 0}", ["learn.lr:", "driver.steps:"]),
+        ("learn.lr: 1.0e-5", ["learn.lr: dotted names are", "nest `lr:` under `learn:`"]),
+        ("learn: {kl.coef: 1}", ["learn.kl.coef: dotted", "`coef:` under `kl:` under `learn:`"]),
+        ("learn.lrr: 1.0e-5", ["learn.lrr: no such setting", "learn.lr?"]),
+        ("a: &a [*a]", ["a: no such setting"]),
+        (
+            "learn: {lr: 1.0e-5}\nsft: {epochs: 1}\nlearn:\n  epochs: 2",
+            ["wrong.yaml:3: learn is given already in line 1", "put them together"],
+        ),
+        (
+            "learn:\n  kl:\n    coef: 1\n    'coef': 2",
+            ["wrong.yaml:4: learn.kl.coef is given already in line 3", "leave one out"],
+        ),
+        ("learn: {lr: 1, lr: 1}", ["wrong.yaml:1: learn.lr is given"]),
+        ("score:\n  parts:\n  - name: a\n    name: b", ["wrong.yaml:4: score.parts.name is"]),
     ],
 )
 def test_a_wrong_file_is_refused(text: str, named: list[str], tmp_path: Path) -> None:
@@ -197,6 +211,18 @@ def test_a_wrong_file_is_refused(text: str, named: list[str], tmp_path: Path) ->
         options("--config", str(path))
     for part in named:
         assert part in str(refused.value)
+
+
+def test_what_a_file_says_again_by_an_alias_is_not_said_twice(tmp_path: Path) -> None:
+    path = tmp_path / "aliased.yaml"
+    path.write_text(
+        "sft: &stage {lr: 1.0e-5, grad_clip: 2.0}\nreward_model: {<<: *stage, lr: 3.0e-5}\n"
+    )
+    config = options("--config", str(path)).config
+    assert (config.reward_model.lr, config.reward_model.grad_clip) == (3e-5, 2.0)
+    for text in ("", "# nothing\n", "---\n"):
+        path.write_text(text)
+        assert options("--config", str(path)).config == options().config
 
 
 def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
