@@ -1,10 +1,11 @@
-"""`--help`: every setting by section, with its type, its default and what it means."""
+"""`--help`: every setting by section, with its type, its value and what it means."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterator
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -13,7 +14,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from distrl.config import PRESETS, Config
+from distrl.config import PRESETS, Config, RewardPart
 
 PLAIN_WIDTH = 120
 """Columns of the help where the output is no terminal."""
@@ -46,18 +47,20 @@ def usage(command: str) -> str:
     )
 
 
-def print_help(command: str, about: str) -> None:
-    """Everything that can be said on the command line, for people."""
+def print_help(command: str, about: str, values: Config) -> None:
+    """Everything that can be said on the command line, for people; each setting with what it is in
+    `values`."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(f"{usage(command)}\n\n{about[0].upper()}{about[1:]}.\n")
+    console.print("Beside each setting stands what preset, file and words make of it.\n")
     flags = FLAGS | {name: RUN_FLAGS[name] for name in HONOURED.get(command, ())}
     console.print(_table((name, "", text) for name, text in flags.items()))
     for section, model in sections():
         console.print(f"\n{section}", style="bold", end="")
         console.print(f": {(model.__doc__ or '').splitlines()[0]}")
-        console.print(_table(_rows(section, model)))
+        console.print(_table(_rows(section, model, attrgetter(section)(values))))
 
 
 def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -82,13 +85,15 @@ def did_you_mean(name: str, dashes: str = "") -> str:
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
-def _rows(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
+def _rows(
+    section: str, model: type[BaseModel], values: BaseModel
+) -> Iterator[tuple[str, str, str]]:
     for name, field in model.model_fields.items():
         if not _is_section(field):
             kind, choices = _kind(field.annotation)
             yield (
                 f"--{section}.{name} {kind}".rstrip(),
-                _default(field.default),
+                _value(getattr(values, name)),
                 f"{field.description}{choices}",
             )
 
@@ -111,12 +116,14 @@ def _kind(annotation: Any) -> tuple[str, str]:
     return ("", " (or --no-…)") if annotation is bool else (METAVARS[annotation], "")
 
 
-def _default(value: Any) -> str:
+def _value(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, RewardPart):
+        return value.name
+    return ",".join(map(_value, value)) if isinstance(value, tuple) else str(value)
 
 
 def _is_section(field: FieldInfo) -> bool:

@@ -39,6 +39,8 @@ class CommandLine(Config, BaseSettings):
 
 EXPLAINED = "'distrl train --help' explains them all"
 
+HELP = {"-h", "--help"}
+
 LISTS = ("[", "{")
 """How JSON of more than one value begins."""
 
@@ -59,7 +61,7 @@ def options_of(command: str, about: str, argv: list[str]) -> Options:
     """What is said to a command that takes settings and flags alone. Raises ConfigError."""
     if command == "demo":
         return parse(command, about, argv, default_preset="demo")
-    if command == "evaluate" and not {"-h", "--help"} & set(argv):
+    if command == "evaluate" and not HELP & set(argv):
         return parse(command, about, argv, made_with=_made_with(argv))
     return parse(command, about, argv)
 
@@ -80,12 +82,13 @@ def parse(
 ) -> Options:
     """Read `argv` for `distrl <command>`. `--help` prints every setting and exits.
 
-    `beneath` are values that preset, file and words are laid over; `made_with` those of a run that
-    is there, which file and words alone are laid over. Raises ConfigError with a
+    `default_preset` is the preset where the words name none; `beneath` are values that preset, file
+    and words are laid over; `made_with` those of a run that is there, which file and words alone
+    are laid over. Raises ConfigError with a
     line for each wrong field.
     """
-    if {"-h", "--help"} & set(argv):
-        print_help(command, about)
+    if HELP & set(argv):
+        print_help(command, about, shown(argv, default_preset))
         raise SystemExit(0)
     values, flags = _values(argv, default_preset, beneath or {}, made_with or {})
     _check_honoured(command, flags)
@@ -95,6 +98,17 @@ def parse(
         resume=bool(flags["resume"]),
         fresh=bool(flags["fresh"]),
     )
+
+
+def shown(argv: list[str], default_preset: str | None = None) -> Config:
+    """The values that help has to show: what preset, file and words come to, or the preset alone
+    where the words are not right yet, as then help is asked for."""
+    try:
+        values, _ = _values([word for word in argv if word not in HELP], default_preset, {}, {})
+        return validated(values)
+    except ConfigError:
+        values, _ = _values([], default_preset, {}, {})
+        return validated(values)
 
 
 def run_dir_of(argv: list[str]) -> Path:
@@ -113,8 +127,7 @@ def _values(
     """The values of all sources, and the flags."""
     given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
-    preset = flags["preset"] or (default_preset if flags["config"] is None else None)
-    if preset:
+    if preset := flags["preset"] or default_preset:
         beneath = merged(beneath, read_yaml(preset_path(preset)))
     values = merged(beneath, made_with)
     if flags["config"]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from distrl.checkpoint import RunDir
 from distrl.cli.help import print_help
-from distrl.cli.options import Options, merged, parse, validated
+from distrl.cli.options import HELP, Options, merged, parse, shown, validated
 from distrl.config import Config, ConfigError, read_yaml
 from distrl.disk import writing
 from distrl.driver.audit import Audit, audit
@@ -52,11 +52,11 @@ Settings, with those of section 'simulate' saying how long things take:
 
 
 def run(about: str, argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        print_help("simulate", about)
-        raise SystemExit(0)
     own, rest = _own_options().parse_known_args(argv)
+    if HELP & set(argv):
+        print(USAGE)
+        print_help("simulate", about, shown(rest))
+        raise SystemExit(0)
     options = _options(own.source, about, rest)
     base = options.config.model_dump(mode="json")
     points = list(_points(own.sweep))

@@ -59,7 +59,8 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: distrl {command} [--preset NAME]")
-    assert re.search(r"--learn\.kl\.coef FLOAT +0\.05 +price of a nat of KL", said)
+    price = r"0\.2" if command == "demo" else r"0\.05"
+    assert re.search(rf"--learn\.kl\.coef FLOAT +{price} +price of a nat of KL", said)
     assert re.search(r"--generate\.dtype NAME +float32 .*\(float32, bfloat16,", said)
     assert re.search(r"--metrics\.wandb +yes ", said)
     assert re.search(r"--learn\.epochs INT +1 ", said), "1 is a number, not a yes"
@@ -67,6 +68,37 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
     assert "bai, dapo, demo, grpo, " in said
     for name, _ in settings():
         assert f"--{name}" in said
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_the_command_would_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = told(capsys, "demo")
+    assert re.search(r"--run\.name TEXT +demo ", demo)
+    assert re.search(r"--learn\.lr FLOAT +0\.0006 ", demo)
+    assert re.search(r"--learn\.schedule NAME +cosine ", demo)
+    assert re.search(r"--sft\.epochs INT +3 ", demo)
+    file = tmp_path / "mine.yaml"
+    file.write_text("score: {parts: [{name: short, function: 'mine:short'}]}\nlearn: {lr: 0.5}\n")
+    for command in ("demo", "train", "simulate"):
+        said = told(capsys, command, "--preset", "smollm2", "--config", str(file))
+        assert re.search(r"--run\.name TEXT +smollm2 ", said)
+        assert re.search(r"--learn\.lr FLOAT +0\.5 ", said)
+        assert re.search(r"--score\.parts JSON +short ", said)
+    said = told(capsys, "simulate", "--sweep", "generators=1,2", "--sft.epochs", "7")
+    assert re.search(r"--sft\.epochs INT +7 ", said)
+
+
+def test_help_is_there_for_words_that_are_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(r"--run\.name TEXT +demo ", told(capsys, "demo", "--learn.lrr", "1"))
+    assert re.search(r"--sft\.epochs INT +4 ", told(capsys, "train", "--preset", "nope"))
 
 
 @pytest.mark.parametrize(

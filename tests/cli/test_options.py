@@ -38,10 +38,13 @@ def test_a_word_beats_the_file(recipe: Path) -> None:
     assert (config.learn.lr, config.run.name) == (2e-6, "other")
 
 
-def test_the_default_preset_is_left_out_where_a_file_is_given(recipe: Path) -> None:
+def test_the_preset_of_a_command_is_beneath_a_file_unless_another_is_named(recipe: Path) -> None:
     assert options(default_preset="demo").config.run.name == "demo"
-    given = options("--config", str(recipe), default_preset="smollm2").config
-    assert given.model.path is None
+    given = options("--config", str(recipe), default_preset="demo").config
+    assert (given.run.name, given.learn.lr, given.learn.kl.coef) == ("mine", 1e-5, 0.3)
+    assert (given.sft.epochs, given.learn.minibatches, given.learn.kl.kind) == (3, 4, "adaptive")
+    other = options("--config", str(recipe), "--preset", "smollm2", default_preset="demo").config
+    assert other.driver.prompts_per_step == 8 and other.learn.schedule != "cosine"
 
 
 @pytest.mark.parametrize("words", ["--metrics.wandb false", "--metrics.wandb=False"])
