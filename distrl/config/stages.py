@@ -73,7 +73,9 @@ class DataConfig(Section):
         "or Hugging Face dataset folder with the training rows",
     )
     validation: str | None = Field(
-        default=None, description="held-out rows; empty: a fixed tenth of source by hash"
+        default=None,
+        description="held-out rows; empty: a fixed tenth of source, by hash of the prompt (rows "
+        "with one prompt, or one id, stay together)",
     )
     prompt_column: str = Field(
         default="prompt", description="column with the prompt: text or chat messages"
@@ -88,7 +90,9 @@ class DataConfig(Section):
         default="ratings", description="column with one number a response, larger is better"
     )
     id_column: str | None = Field(
-        default=None, description="column with the row's identity; empty: its place"
+        default=None,
+        description="column with the row's identity; rows with one id are held out together or "
+        "not at all, and prompts to roll out need ids of their own; empty: its place",
     )
     chat: bool = Field(default=False, description="apply the tokenizer's chat template to prompts")
     max_prompt_tokens: int = Field(

@@ -46,7 +46,12 @@ class Review:
 
 def split_of(key: str) -> Split:
     """Train, validation or test (80/10/10), by a hash of `key` alone."""
-    tenth = hash_number(key, "split") % 10
+    return split_numbered(hash_number(key, "split"))
+
+
+def split_numbered(number: int) -> Split:
+    """`split_of` what has this hash."""
+    tenth = number % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 

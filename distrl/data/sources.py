@@ -1,16 +1,17 @@
 """The three views of a data set: demonstrations, comparisons, prompts.
 
 Each view exists for the built-in reviews and for files (`data.source`). The splits "train",
-"validation" and "test" of one file are 80/10/10 by a hash of the row's id, or of its prompt
-where no column holds an id, so equal prompts never stand in two splits. Where
-`data.validation` names held-out rows, all of the source is "train", and those rows are both
-"validation" and "test". `data.limit` takes the first rows of the split.
+"validation" and "test" of one file are 80/10/10 by a hash of the row's prompt (of its id where
+there are no prompts), so equal prompts never stand in two splits; nor do equal ids, where a
+column holds them (linked.py). Where `data.validation` names held-out rows, all of the source is
+"train", and those rows are both "validation" and "test". `data.limit` takes the first rows of
+the split.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distrl.config import DataConfig
 from distrl.data.errors import DataError, NoRows
+from distrl.data.linked import linked_splits
 from distrl.data.order import permutation
 from distrl.data.reviews import Review, Split, hash_number, load_reviews, split_of
 from distrl.data.rows import (
@@ -211,19 +213,36 @@ def _file_rows(data: DataConfig, split: Split) -> Iterator[_FileRow]:
     """The rows of `split` in the order of their file. Raises DataError where there is none."""
     held_out = data.validation is not None and split != "train"
     path = data.validation if held_out and data.validation is not None else data.source
+    wanted = _belongs(data, split)
     count = 0
-    for where, columns in read_rows(path):
-        row = _FileRow(where=where, row_id=_row_id(data, columns, where), columns=columns)
-        if data.validation is not None or split_of(_split_key(data, row)) == split:
+    for row in _rows_of(data, path):
+        if wanted(row):
             count += 1
             yield row
         if count == data.limit:
             return
     if count == 0:
         raise NoRows(
-            f"no row of {path} falls into the {split} split, which is by hash of each row's id or "
-            "prompt; give more rows, or held-out rows in data.validation"
+            f"no row of {path} falls into the {split} split, which is by hash of the prompt (rows "
+            "that share one, or an id, stay together); give more rows, or held-out rows in "
+            "data.validation"
         )
+
+
+def _rows_of(data: DataConfig, path: str) -> Iterator[_FileRow]:
+    for where, columns in read_rows(path):
+        yield _FileRow(where=where, row_id=_row_id(data, columns, where), columns=columns)
+
+
+def _belongs(data: DataConfig, split: Split) -> Callable[[_FileRow], bool]:
+    """Whether a row is in `split`. Prompts and ids together take a pass over all rows to say."""
+    if data.validation is not None:
+        return lambda _: True
+    if data.id_column is None or not data.prompt_column:
+        return lambda row: split_of(_split_key(data, row)) == split
+    rows = _rows_of(data, data.source)
+    splits = linked_splits((row.row_id, _split_key(data, row)) for row in rows)
+    return lambda row: splits[row.row_id] == split
 
 
 def _row_id(data: DataConfig, columns: Row, where: str) -> str:
@@ -236,10 +255,10 @@ def _row_id(data: DataConfig, columns: Row, where: str) -> str:
 
 
 def _split_key(data: DataConfig, row: _FileRow) -> str:
-    """What decides the split: the id, else the prompt, else all that the row has."""
-    if data.id_column is not None:
-        return row.row_id
+    """What decides the split: the prompt, else the id, else all that the row has."""
     if not data.prompt_column:
+        if data.id_column is not None:
+            return row.row_id
         return json.dumps(row.columns, sort_keys=True, default=str)
     prompt = _prompt(data, row)
     if isinstance(prompt, str):

@@ -163,6 +163,38 @@ def test_file_splits_by_id_column(write_rows) -> None:
     assert sum(map(len, ids)) == len(set().union(*ids)) == 100
 
 
+def test_naming_a_column_of_unique_ids_leaves_the_split_as_it_is_by_prompt(write_rows) -> None:
+    """Several rows to one prompt, each with an id of its own: no prompt is in two splits."""
+    rows = [{"id": f"row-{i}", **row} for i, row in enumerate([*numbered(200)] * 3)]
+    path = write_rows(*rows)
+    for split in SPLITS:
+        plain, named = (
+            load_demonstrations(config(path, id_column=name), split) for name in (None, "id")
+        )
+        assert [row.prompt for row in named] == [row.prompt for row in plain]
+
+
+def test_neither_an_id_nor_a_prompt_is_in_two_splits(write_rows) -> None:
+    """Prompts 3i to 3i + 2 hang together through the ids a-i and b-i, which share the middle."""
+    rows = list(numbered(300))
+    path = write_rows(
+        *({"id": f"a-{i // 3}", **row} for i, row in enumerate(rows) if i % 3 < 2),
+        *({"id": f"b-{i // 3}", **row} for i, row in enumerate(rows) if i % 3 > 0),
+    )
+    splits = [load_demonstrations(config(path, id_column="id"), split) for split in SPLITS]
+    assert sum(map(len, splits)) == 400 and len(splits[0]) > 280 and all(splits)
+    for name in ("row_id", "prompt"):
+        values = [{getattr(row, name) for row in split} for split in splits]
+        assert sum(map(len, values)) == len(set().union(*values))
+
+
+def test_rows_without_prompts_are_split_by_id(write_rows) -> None:
+    path = write_rows(*({"id": i // 2, **row} for i, row in enumerate(numbered(200))))
+    for split in SPLITS:
+        rows = load_demonstrations(config(path, id_column="id", prompt_column=""), split)
+        assert {split_of(row.row_id) for row in rows} == {split}
+
+
 def test_held_out_file(write_rows) -> None:
     data = config(
         write_rows(*numbered(20)),
