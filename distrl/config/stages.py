@@ -87,7 +87,9 @@ class DataConfig(Section):
         default="responses", description="column with the list of ranked responses"
     )
     ratings_column: str = Field(
-        default="ratings", description="column with one number a response, larger is better"
+        default="ratings",
+        description="column with one number a response, larger is better; they are compared "
+        "within their row alone, in training and in the accuracy",
     )
     id_column: str | None = Field(
         default=None,

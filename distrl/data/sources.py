@@ -122,6 +122,15 @@ def load_comparisons(
     return groups
 
 
+def on_one_scale(data: DataConfig) -> bool:
+    """Whether ratings of different groups can be compared.
+
+    People rated each review by itself, from -4 to +4. Of a file only what stands in one row is
+    known to have been compared: 1 and 0 for the better and the worse say nothing of other rows.
+    """
+    return data.source == REVIEWS
+
+
 def load_prompts(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split
 ) -> list[PromptRow]:

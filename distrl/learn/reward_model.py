@@ -4,7 +4,8 @@
 2. All responses of a group go through it once, without pads where the model's kind allows it;
    all their pairs make one element of the batch (Ouyang et al. 2022, section 3.5), so that no
    response is seen K-1 times an epoch.
-3. Held out: accuracy by how far apart people rated a pair, and calibration.
+3. Held out: accuracy by how far apart people rated a pair, and calibration. A pair is two responses
+   of one group, or of any two where all ratings are on one scale (the reviews').
 4. Samples of the policy itself, drawn first of all, fix gain and bias: mean 0 and deviation 1
    before RL begins.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -30,7 +31,7 @@ from distrl.data.batching import pad_right, token_budget_batches
 from distrl.data.errors import DataError
 from distrl.data.reviews import Split
 from distrl.data.rows import Messages
-from distrl.data.sources import Comparison, load_comparisons, load_prompts
+from distrl.data.sources import Comparison, load_comparisons, load_prompts, on_one_scale
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.learn.loop import Loss, OnStep, TrainingFailed, train
 from distrl.learn.report import write_report
@@ -112,7 +113,7 @@ def run_reward_model(
             on_step=on_step,
             crew=crew,
         )
-    quality = judge(model, held_out, seed)
+    quality = judge(model, held_out, seed, across=on_one_scale(config.data))
     try:
         gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
     except ValueError as error:
@@ -182,8 +183,8 @@ def read_groups(
     if split == "train":
         _check_gap((group.ratings_K for group in groups), config.reward_model.min_gap)
     else:
-        _, ratings_N, prompts = _flat(groups)
-        draw_pairs(ratings_N, prompts, config.run.seed)
+        _, ratings_N, _, sets = _flat(groups, across=on_one_scale(config.data))
+        draw_pairs(ratings_N, sets, config.run.seed)
     return groups, cut, alike
 
 
@@ -281,18 +282,24 @@ def score_rows(model: ScalarModel, rows: Sequence[Int32s]) -> Float32s:
     return forward_rows(model, rows, EVALUATION_TOKENS).cpu().numpy()
 
 
-def judge(model: ScalarModel, groups: Sequence[Group], seed: int) -> Agreement:
-    """How well the model orders held-out responses: each is scored once, and any two responses
-    to the same prompt are a pair, whatever group they came in."""
-    rows, ratings_N, prompts = _flat(groups)
-    return agreement(score_rows(model, rows), ratings_N, prompts, seed)
+def judge(model: ScalarModel, groups: Sequence[Group], seed: int, *, across: bool) -> Agreement:
+    """How well the model orders held-out responses, each of which is scored once.
+
+    A pair is two responses of one group; `across`: to one prompt, whatever group they came in.
+    """
+    rows, ratings_N, prompts, sets = _flat(groups, across=across)
+    return agreement(score_rows(model, rows), ratings_N, prompts, seed, sets)
 
 
-def _flat(groups: Sequence[Group]) -> tuple[list[Int32s], Float32s, list[str]]:
-    """Rows, ratings_N and prompts of all responses of all groups."""
+def _flat(
+    groups: Sequence[Group], *, across: bool
+) -> tuple[list[Int32s], Float32s, list[str], Sequence[Hashable]]:
+    """Rows, ratings_N, prompts, and the set within which it is compared, of each response."""
     rows = [ids for group in groups for ids in group.ids]
     prompts = [repr(group.prompt) for group in groups for _ in group.ids]
-    return rows, np.concatenate([group.ratings_K for group in groups]), prompts
+    places = [place for place, group in enumerate(groups) for _ in group.ids]
+    ratings_N = np.concatenate([group.ratings_K for group in groups])
+    return rows, ratings_N, prompts, prompts if across else places
 
 
 def reference_samples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,20 +55,29 @@ class Agreement:
     responses: int
 
 
-def agreement(raw_N: Float32s, ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Agreement:
-    """Compare raw scores (before gain and bias) with ratings, on pairs with the same prompt.
+def agreement(
+    raw_N: Float32s,
+    ratings_N: Float32s,
+    prompts: Sequence[str],
+    seed: int,
+    sets: Sequence[Hashable] | None = None,
+) -> Agreement:
+    """Compare raw scores (before gain and bias) with ratings, on pairs of one set: of those whose
+    ratings can be compared. None: of one prompt.
 
-    At most 20,000 pairs, drawn by seed. Pairs share responses, so the intervals resample what
-    is independent: responses where there is one prompt, prompts where there are several.
+    At most 20,000 pairs, drawn by seed. Pairs share responses and prompts, so the intervals
+    resample what is independent: prompts where there are several, else sets, else responses.
     Raises DataError where no pair has unequal ratings.
     """
-    first, second = draw_pairs(ratings_N, prompts, seed).T
+    sets = prompts if sets is None else sets
+    first, second = draw_pairs(ratings_N, sets, seed).T
+    units = prompts if len(set(prompts)) > 1 else sets
     lead = raw_N[first] - raw_N[second]
     gap = ratings_N[first] - ratings_N[second]
     prob = 1 / (1 + np.exp(-lead.astype(np.float64)))
     preferred = gap > 0
     right = np.where(preferred, lead > 0, lead < 0)
-    weights_RP = resampled_weights(first, second, len(raw_N), prompts, seed)
+    weights_RP = resampled_weights(first, second, len(raw_N), units, seed)
     accuracy = {}
     for margin in MARGINS:
         chosen = np.abs(gap) > margin
@@ -82,24 +91,24 @@ def agreement(raw_N: Float32s, ratings_N: Float32s, prompts: Sequence[str], seed
     )
 
 
-def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
-    """[P, 2] places of two responses to one prompt with unequal ratings, in random order. Raises
+def draw_pairs(ratings_N: Float32s, sets: Sequence[Hashable], seed: int) -> Pairs:
+    """[P, 2] places of two responses of one set with unequal ratings, in random order. Raises
     DataError where there are none."""
-    by_prompt: dict[str, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt, []).append(place)
+    by_set: dict[Hashable, list[int]] = {}
+    for place, name in enumerate(sets):
+        by_set.setdefault(name, []).append(place)
     found = []
-    for places in map(np.array, by_prompt.values()):
+    for places in map(np.array, by_set.values()):
         one, other = np.triu_indices(len(places), k=1)
         found.append(np.stack([places[one], places[other]], axis=1))
     pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
     pairs = pairs[ratings_N[pairs[:, 0]] != ratings_N[pairs[:, 1]]]
     if not len(pairs):
         raise DataError(
-            f"no two held-out responses to one prompt are rated differently ({len(ratings_N)} "
-            f"responses to {len(by_prompt)} prompts), so a reward model cannot be judged by them: "
-            "see the ratings in data.source (data.ratings_column), or give held-out rows in "
-            "data.validation"
+            "no two held-out responses that go together are rated differently "
+            f"({len(ratings_N)} responses, of {len(by_set)} prompts or rows), so a reward model "
+            "cannot be judged by them: see the ratings in data.source (data.ratings_column), or "
+            "give held-out rows in data.validation"
         )
     rng = np.random.default_rng(seed)
     pairs = pairs[rng.permutation(len(pairs))[:MAX_PAIRS]]
@@ -107,21 +116,21 @@ def draw_pairs(ratings_N: Float32s, prompts: Sequence[str], seed: int) -> Pairs:
 
 
 def resampled_weights(
-    first: Pairs, second: Pairs, n: int, prompts: Sequence[str], seed: int
+    first: Pairs, second: Pairs, n: int, units: Sequence[Hashable], seed: int
 ) -> Float32s:
     """weights_RP: how often each pair stands in each bootstrap resample.
 
-    A pair of responses i, j stands w_i · w_j times where responses were resampled; a pair
-    within one prompt as often as its prompt.
+    A pair stands as often as the unit that both its responses are of. With one unit alone, it is
+    the responses that are resampled, and a pair i, j stands w_i · w_j times.
     """
     rng = np.random.default_rng(seed)
-    names = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    names = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
     if len(names) == 1:
         counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float32)
         return counts[:, first] * counts[:, second]
-    unit = np.array([names[prompt] for prompt in prompts])
+    unit_N = np.array([names[unit] for unit in units])
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    return counts[:, unit[first]].astype(np.float32)
+    return counts[:, unit_N[first]].astype(np.float32)
 
 
 def _accuracy(right_P: NDArray[np.bool_], weights_RP: Float32s) -> Estimate:

@@ -10,7 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from distrl.config import DataConfig
 from distrl.data.errors import DataError
 from distrl.data.reviews import Split, load_reviews, split_of
-from distrl.data.sources import load_comparisons, load_demonstrations, load_prompts
+from distrl.data.sources import (
+    load_comparisons,
+    load_demonstrations,
+    load_prompts,
+    on_one_scale,
+)
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -229,6 +234,11 @@ def test_rows_without_prompt_only_where_the_config_says_so(write_rows) -> None:
         ("1", "", "once"),
         ("2", "", "upon"),
     ]
+
+
+def test_ratings_of_the_reviews_are_on_one_scale_and_those_of_a_file_are_not(write_rows) -> None:
+    assert on_one_scale(REVIEWS)
+    assert not on_one_scale(config(write_rows({})))
 
 
 def test_file_comparisons(write_rows) -> None:

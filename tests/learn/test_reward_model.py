@@ -12,6 +12,7 @@ from distrl.config import Config, RewardModelConfig
 from distrl.data.errors import DataError
 from distrl.data.sources import Comparison
 from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from distrl.learn import reward_model
 from distrl.learn.reward_model import (
     Group,
     batches,
@@ -36,7 +37,8 @@ def source(tmp_path_factory):
     for i in range(150):
         words = [[*rng.choice(GOOD, k), *rng.choice(BAD, 3 - k)] for k in range(4)]
         texts = [" " + " ".join(rng.permutation(w)) for w in words]
-        rows.append({"prompt": f"Film {i} was", "responses": texts, "ratings": [-2, -0.5, 0.5, 2]})
+        ratings = [-2, -0.5, 0.5, 2]
+        rows.append({"prompt": f"Film {i // 2} was", "responses": texts, "ratings": ratings})
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -225,8 +227,9 @@ def test_a_cut_that_leaves_nothing_to_compare_is_an_error_before_training(config
 def test_rows_are_found_bad_before_training(config, policy, tmp_path, spoil, message):
     if "validation" in spoil:
         spoil = {"validation": str(tmp_path / "equal.jsonl")}
-        row = {"prompt": "Film", "responses": [" a", " b"], "ratings": [1, 1]}
-        (tmp_path / "equal.jsonl").write_text(json.dumps(row) + "\n")
+        row = {"prompt": "Film", "responses": [" a", " b"]}
+        rows = [row | {"ratings": [1, 1]}, row | {"ratings": [0, 0]}]
+        (tmp_path / "equal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = config.model_dump()
     values["data"] |= spoil
     values["generate"]["max_new_tokens"] = 24
@@ -241,6 +244,27 @@ def test_it_learns_what_people_prefer(trained):
     assert report.held_out.accuracy["2"].value > 0.9
     assert report.held_out.accuracy["0"].value > 0.8
     assert report.steps == seen[0][1] and report.skipped == 0
+
+
+def test_held_out_pairs_are_of_one_row_also_where_two_rows_have_one_prompt(trained):
+    _, report, _ = trained
+    held_out = report.held_out
+    assert held_out.accuracy["0"].pairs == held_out.responses // 4 * 6
+
+
+@pytest.mark.parametrize("across, pairs, right", [(False, 2, 1), (True, 4, 0.75)])
+def test_rows_with_one_prompt_are_compared_with_each_other_only_on_one_scale(
+    model, monkeypatch, across, pairs, right
+):
+    """A over B, and B over C: that B is 0 in one row and 1 in the other compares nothing."""
+    a, b, c = (np.array([id], np.int32) for id in (3, 2, 1))
+    ratings_K = np.array([1, 0], np.float32)
+    groups = [Group(prompt="", ids=ids, ratings_K=ratings_K) for ids in ((a, b), (b, c))]
+    monkeypatch.setattr(
+        reward_model, "score_rows", lambda _, rows: np.array([float(ids[0]) for ids in rows])
+    )
+    found = reward_model.judge(model, groups, 0, across=across).accuracy["0"]
+    assert (found.pairs, found.value) == (pairs, right)
 
 
 def test_what_it_saves_says_how_good_it_is(trained, policy):

@@ -25,6 +25,26 @@ def test_pairs_are_within_a_prompt_and_of_unequal_ratings():
         draw_pairs(np.ones(4, np.float32), ["a"] * 4, 0)
 
 
+def test_ratings_that_hold_within_a_row_are_compared_within_it_alone():
+    """Rows AB, BC and AC to each prompt, better 1 and worse 0, and a model that is right."""
+    raw = np.array([3, 2, 2, 1, 3, 1] * 50, np.float32)
+    ratings_N = np.array([1, 0] * 150, np.float32)
+    prompts, sets = [str(i // 6) for i in range(300)], [i // 2 for i in range(300)]
+    accuracy = agreement(raw, ratings_N, prompts, 0, sets).accuracy["0"]
+    assert (accuracy.value, accuracy.pairs) == (1, 150)
+
+
+def test_intervals_resample_prompts_or_rows_where_there_is_one_prompt():
+    """Each row is one pair, right in two of three; the three of a prompt are alike."""
+    ratings_N = np.array([1, 0] * 300, np.float32)
+    raw = np.where(np.arange(600) // 6 % 3 < 2, ratings_N, 1 - ratings_N).astype(np.float32)
+    sets = [i // 2 for i in range(600)]
+    for prompts, units in ([str(i // 6) for i in range(600)], 100), ([""] * 600, 300):
+        found = agreement(raw, ratings_N, prompts, 0, sets).accuracy["0"]
+        wide = 2 * 1.96 * (found.value * (1 - found.value) / units) ** 0.5
+        assert found.pairs == 300 and found.high - found.low == pytest.approx(wide, rel=0.2)
+
+
 def test_no_more_than_the_cap_is_drawn_and_either_order_occurs():
     _, ratings_N, prompts = world()
     pairs = draw_pairs(ratings_N, prompts, 0)
