@@ -310,7 +310,10 @@ def test_progress_is_not_overwritten(tmp_path):
 def test_fresh_deletes_progress_and_nothing_else(tmp_path):
     run = RunDir(tmp_path).claim(yaml_of()).begin()
     write(Checkpoints(run.checkpoints), 10)
+    figures = [tmp_path / name for name in ("evaluation_20.json", "reward_vs_kl.png")]
     for path in (run.metrics, run.ledger, tmp_path / "ledger.sqlite-wal", run.logs / "x.log"):
+        path.write_text("x")
+    for path in figures:  # of the policy that goes
         path.write_text("x")
     (tmp_path / "sft").mkdir()
     run.close()

@@ -234,7 +234,9 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
         for suffix in ("", "-wal", "-shm"):
             self.ledger.with_name(self.ledger.name + suffix).unlink(missing_ok=True)
-        self.metrics.unlink(missing_ok=True)
+        told = (self.metrics, *self.path.glob("evaluation*.json"), self.path / "reward_vs_kl.png")
+        for path in told:
+            path.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         path = self.path / LOCK

@@ -354,7 +354,8 @@ class LearnConfig(Section):
         default=None,
         gt=0,
         lt=1,
-        description="decay of an average of the policy's weights, exported in its place",
+        description="decay of an average of the policy's weights (with learn.lora of the adapters' "
+        "factors, each by itself), exported in its place",
     )
     max_skips: int = Field(
         default=3, ge=1, description="non-finite steps in a row before the run stops"
