@@ -100,7 +100,7 @@ def candidate(config: Config, directory: RunDir) -> Iterator[tuple[str, Path]]:
                 "checkpoint on the way, name its step: --evaluate.policy 20"
             )
         yield "final", directory.policy
-    elif wanted.isdigit():
+    elif wanted.isdecimal():
         checkpoint = Checkpoints(directory.checkpoints).at(int(wanted))
         with tempfile.TemporaryDirectory(prefix="distrl-evaluate-") as scratch:
             folder = Path(scratch) / "policy"

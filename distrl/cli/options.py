@@ -6,9 +6,11 @@ mappings and validated once, by `Config` itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import (
@@ -172,6 +174,8 @@ def _given(argv: list[str]) -> dict[str, Any]:
         trouble = str(error).removeprefix("error parsing CLI: ")
         if isinstance(error.__cause__, ValueError):
             words = ", ".join(w for w in argv if w.partition("=")[2][:1] in LISTS or w[:1] in LISTS)
+            if not words:
+                words = f"{', '.join(_unread(argv))}, which wants numbers as 0.9 or 10"
             raise ConfigError(f"{words}: this is no JSON ({error.__cause__})") from None
         unknown = [word for word in trouble.split() if word.startswith("--")]
         if not trouble.startswith("unrecognized arguments") or not unknown:
@@ -180,6 +184,18 @@ def _given(argv: list[str]) -> dict[str, Any]:
         raise ConfigError(
             f"no setting {name}{did_you_mean(name.removeprefix('--'), '--')}; {EXPLAINED}"
         ) from None
+
+
+def _unread(argv: list[str]) -> Iterator[str]:
+    """The settings of several values that cannot be read, each with what is said of it."""
+    names = {f"--{name}" for name, field in settings() if get_origin(field.annotation) is tuple}
+    source = CliSettingsSource[Any](CommandLine, cli_exit_on_error=False)
+    for name, value in pairwise(part for word in argv for part in _parted(word, names)):
+        if name in names:
+            try:
+                source(args=[name, value])()
+            except SettingsError:
+                yield f"{name} {value}"
 
 
 def config_of(directory: RunDir) -> Config:

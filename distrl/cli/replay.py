@@ -16,7 +16,7 @@ DIFFERS = 1
 
 
 def _step(word: str) -> int:
-    if not word.isdigit() or not int(word):
+    if not word.isdecimal() or not int(word):
         raise argparse.ArgumentTypeError(f"{word!r} is no step; the first one is 1")
     return int(word)
 

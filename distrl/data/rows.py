@@ -25,15 +25,22 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """("file:line", row) of each row, in order, without holding the file in memory.
 
     In JSON lines, empty lines are passed over; in the other formats the line is the row's
-    number. Raises DataError: nothing there, unknown format, no rows, a row that is no object.
+    number. Raises DataError: nothing there, unknown format, no rows, a row that is no object, a
+    file that cannot be read.
     """
     path = Path(path)
     number = 0
-    for number, row in _reader(path):
-        where = f"{path}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a row is an object with columns, found {_kind(row)}")
-        yield where, row
+    try:
+        for number, row in _reader(path):
+            where = f"{path}:{number}"
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a row is an object with columns, found {_kind(row)}")
+            yield where, row
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; let this user read it, or name "
+            "other rows in data.source and data.validation"
+        ) from error
     if number == 0:
         raise DataError(f"{path} has no rows")
 

@@ -69,10 +69,11 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers has no narrower one, and broken JSON raises any
         raise DataError(
-            f"cannot load a tokenizer from {folder}: {error}. The folder should hold "
-            "tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
+            f"cannot load a tokenizer from {folder}: {type(error).__name__}: {error}. The "
+            "folder should hold tokenizer.json and tokenizer_config.json, as save_pretrained "
+            "writes them"
         ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -95,8 +96,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
     Plain text: BOS, where the tokenizer has one, and the text; so an empty prompt is BOS
     alone. Chat messages: the tokenizer's template up to where the assistant speaks, without
     a further BOS, and the text is what the template made. Either way text + decode(response)
-    is what the model wrote as a whole. Raises DataError where there is no template or it
-    refuses the messages.
+    is what the model wrote as a whole. Raises DataError where there is no template, or it
+    refuses the messages or fails on them.
     """
     if isinstance(prompt, str):
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -106,12 +107,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
             "data.chat is on, but the tokenizer has no chat template; turn it off or add "
             "chat_template.jinja to the checkpoint"
         )
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise DataError(
+            f"data.chat is on, and of the tokenizer's chat templates ({', '.join(sorted(named))}) "
+            "none is the default; add the one to use to the checkpoint as chat_template.jinja"
+        )
     try:
         text = tokenizer.apply_chat_template(
             list(prompt), tokenize=False, add_generation_prompt=True
         )
     except TemplateError as error:
         raise DataError(f"the chat template refuses the messages: {error}") from error
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise DataError(
+            f"the chat template fails on the messages ({type(error).__name__}: {error}); mend "
+            "chat_template.jinja in the checkpoint"
+        ) from error
     assert isinstance(text, str)
     return text, np.asarray(_encode(tokenizer, text), dtype=np.int32)
 

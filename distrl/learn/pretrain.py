@@ -11,6 +11,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distrl.disk import writing
+from distrl.models.folder import AGAIN
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -33,10 +36,11 @@ class Examples:
 
 def save_examples(examples: Sequence[Sequence[int]], path: Path) -> None:
     """Write examples of at least two tokens each; shorter ones have nothing to predict and are left
-    out. Raises ValueError where none is left."""
+    out. Raises ValueError where none is left, and NotWritten where the disk is full or refuses."""
     kept = [np.asarray(ids, dtype=np.int32) for ids in examples if len(ids) > 1]
     if not kept:
         raise ValueError("there is no example of two tokens or more")
     lengths = np.array([len(ids) for ids in kept], dtype=np.int64)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"ids": np.concatenate(kept), "lengths": lengths}, path)
+    with writing("the text that learn.pretrain mixes in", path, AGAIN, 4 * int(lengths.sum())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": np.concatenate(kept), "lengths": lengths}, path)

@@ -82,6 +82,7 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path: Path, tiny_policy: Pat
     refusals = {
         "7": (CheckpointError, "no whole checkpoint of step 7 .*there are: 4"),
         str(tmp_path / "nowhere"): (ModelError, "no model folder"),
+        "²": (ModelError, "no model folder"),  # a digit, and no number
     }
     for policy, (error, message) in refusals.items():
         chosen = with_policy(config, policy)

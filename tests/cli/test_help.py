@@ -44,6 +44,13 @@ def test_help_of_what_takes_a_run(command: str, capsys: pytest.CaptureFixture[st
     assert "Exit status 0 only where" in said
 
 
+def test_a_step_to_replay_to_is_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("²", "0", "two"):
+        with pytest.raises(SystemExit):
+            main(["replay", "runs/none", "--until", word])
+        assert f"{word!r} is no step; the first one is 1" in capsys.readouterr().err
+
+
 def test_help_of_simulate_tells_what_it_alone_takes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["simulate", "--help"])

@@ -64,6 +64,15 @@ def test_what_is_no_json_is_shown() -> None:
         options("--learn.adam_betas=[0.9,0.99")
 
 
+@pytest.mark.parametrize(
+    "words", [["--learn.adam_betas", ".9,.95"], ["--learn.adam_betas=.9,.95"]], ids=["two", "one"]
+)
+def test_numbers_that_are_no_json_are_shown_with_their_setting(words: list[str]) -> None:
+    good = ["--data.prompt_words", "1,3", "--learn.lora.targets", "q_proj,k_proj"]
+    with pytest.raises(ConfigError, match=r"^--learn\.adam_betas \.9,\.95, .* 0\.9 or 10: this"):
+        options(*good, *words)
+
+
 def test_values_of_every_kind() -> None:
     config = options(
         *("--data.prompt_words", "1,3"),

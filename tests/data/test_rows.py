@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,23 @@ def test_ratings_are_one_finite_number_a_response(value: Any) -> None:
 def test_good_responses_and_ratings() -> None:
     assert responses_column(ROWS[1], "responses", "f:2") == ("c", "")
     assert ratings_column(ROWS[1], "ratings", "f:2", count=2) == (0.0, -1.0)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_that_may_not_be_read_is_told(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_text("{}")
+    refused = PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise refused
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
+    with pytest.raises(DataError, match=rf"^{path} cannot be read.*Permission denied"):
+        list(read_rows(path))
+    monkeypatch.setattr(Path, "exists", refuse)  # as in a folder that may not be entered
+    with pytest.raises(DataError, match=rf"^{path} cannot be read: Permission denied; let this"):
+        list(read_rows(path))

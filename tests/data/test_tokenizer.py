@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,21 @@ from distrl.data.tokenizer import (
     train_tokenizer,
 )
 
+Templated = Callable[[str | dict[str, str]], PreTrainedTokenizerFast]
+
 PLAIN = ["the cat sat on the mat", "the dog sat on the cat"] * 5
+
+
+@pytest.fixture
+def tokenizer_of(tokenizer: PreTrainedTokenizerFast) -> Templated:
+    """The tokenizer with a chat template, or several by name."""
+
+    def made(template: str | dict[str, str]) -> PreTrainedTokenizerFast:
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = template
+        return own
+
+    return made
 
 
 def test_special_tokens_and_size(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -104,6 +120,27 @@ def test_folders_without_a_usable_tokenizer(
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", {"added_tokens": ...}),
+        ("tokenizer.json", {"added_tokens": None}),
+        ("tokenizer.json", {"model": {"type": "nothing"}}),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"chat_template": [{"nam": "default"}]}),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_with_its_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, file: str, change: dict[str, object]
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    there = json.loads((tmp_path / file).read_text()) | change
+    kept = {name: value for name, value in there.items() if value is not ...}
+    (tmp_path / file).write_text(json.dumps(kept))
+    with pytest.raises(DataError, match=rf"cannot load a tokenizer from {tmp_path}: .*tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 def test_code_of_a_checkpoint_is_not_run(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -151,6 +188,27 @@ def test_chat_without_template_or_refused_by_it(
         encode_prompt(tokenizer, ({"role": "user", "content": "hi"},))
     with pytest.raises(DataError, match="refuses the messages: no tools here"):
         encode_prompt(chat_tokenizer, ({"role": "tool", "content": "hi"},))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0].content + 1 }}", "TypeError: can only concatenate"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("{{ 'a'.index('b') }}", "ValueError: substring not found"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
+    ],
+)
+def test_a_template_that_fails_is_told(tokenizer_of: Templated, template: str, said: str) -> None:
+    with pytest.raises(DataError, match=rf"template fails on the messages \({said}.*mend"):
+        encode_prompt(tokenizer_of(template), ({"role": "user", "content": "hi"},))
+
+
+def test_of_several_templates_one_is_the_default(tokenizer_of: Templated) -> None:
+    hi = ({"role": "user", "content": "hi"},)
+    with pytest.raises(DataError, match=r"\(rag, tool_use\) none is the default; add the one"):
+        encode_prompt(tokenizer_of({"tool_use": "x", "rag": "y"}), hi)
+    assert encode_prompt(tokenizer_of({"default": "x", "rag": "y"}), hi)[0] == "x"
 
 
 def test_example_is_prompt_response_and_end(tokenizer: PreTrainedTokenizerFast) -> None:

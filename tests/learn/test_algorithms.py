@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from distrl.algo import Surrogate
 from distrl.config import AdvantageConfig, ConfigError, LearnConfig, ObjectiveConfig
+from distrl.disk import NotWritten
 from distrl.learn.advantages import Outcome, estimate, estimator
 from distrl.learn.average import WeightAverage
 from distrl.learn.experience import to_experience
@@ -506,6 +508,16 @@ def test_ptx_adds_its_gradient_to_the_objectives(new_learner, make_groups, tmp_p
     assert last["loss/pretrain"] < first["loss/pretrain"] - 0.5, "two sentences are learnt soon"
     with pytest.raises(ValueError, match="no example of two tokens"):
         save_examples([[1]], path)
+
+
+def test_text_for_ptx_that_the_disk_does_not_take_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("distrl.learn.pretrain.save_file", full)
+    path = tmp_path / "pretrain.safetensors"
+    with pytest.raises(NotWritten, match=rf"learn\.pretrain .*{path}: No space left.*--resume"):
+        save_examples([[5, 6, 7, 8]], path)
 
 
 def test_the_average_is_that_of_the_paper_and_is_what_is_exported(
