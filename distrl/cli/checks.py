@@ -111,6 +111,13 @@ def check_comparisons(config: Config) -> None:
         compare(split)
 
 
+def check_reference_prompts(config: Config) -> None:
+    """Read the prompts on which a reward model's scale is measured, before any stage. Where the
+    tokenizer is not there yet, how long they are is left to the stage itself."""
+    _, prompts = _readers(config)
+    prompts("train")
+
+
 def _readers(config: Config) -> tuple[Callable[[Split], Any], Callable[[Split], Any]]:
     """What reads a split's comparisons, and its prompts, as far as the tokenizer is there."""
     from distrl.learn.reward_model import comparisons, read_groups

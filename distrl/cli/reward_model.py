@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distrl.checkpoint import RunDir
-from distrl.cli.checks import check_comparisons, check_demonstrations
+from distrl.cli.checks import check_comparisons, check_demonstrations, check_reference_prompts
 from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
@@ -29,6 +29,7 @@ def run(options: Options) -> int:
         check_context(options.config)
         check_demonstrations(options.config)
         check_comparisons(options.config)
+        check_reference_prompts(options.config)
         directory.begin()
         ensure_sft(options.config)
         make_reward_model(options.config, fresh=options.fresh)

@@ -323,6 +323,22 @@ def test_a_bad_rating_is_told_before_the_stage_that_it_is_not_of(
     assert f"rows.jsonl:{place + 1}: " in capsys.readouterr().err
 
 
+def test_a_bad_prompt_is_told_before_the_reward_model_has_its_policy(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, path = first_of("train", rated()), tmp_path / "recipe.yaml"
+    config = spoilt(recipe, tmp_path / "rows.jsonl", place, prompt=longer_in("train"))
+    path.write_text(dump_yaml(config))
+    assert main(["reward-model", "--config", str(path)]) == 1
+    assert f"rows.jsonl:{place + 1}: the prompt has" in capsys.readouterr().err
+    config = spoilt(new_model(recipe), tmp_path / "rows.jsonl", place)  # no tokenizer as yet
+    path.write_text(dump_yaml(config))
+    ids = ["--data.id_column", "response", "--data.validation", str(tmp_path / "rows.jsonl")]
+    assert main(["reward-model", "--config", str(path), *ids]) == 1
+    assert "rows.jsonl:2: id ' yes' is taken by" in capsys.readouterr().err
+    assert not config.run.dir.exists()
+
+
 def test_ratings_that_are_all_alike_are_told_without_a_tokenizer(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:

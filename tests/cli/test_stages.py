@@ -52,7 +52,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are not looked at: the policy of `made` has no tokenizer to read them with."""
-    monkeypatch.setattr("distrl.cli.reward_model.check_comparisons", lambda _: None)
+    for what in ("comparisons", "reference_prompts"):
+        monkeypatch.setattr(f"distrl.cli.reward_model.check_{what}", lambda _: None)
 
 
 def config(root: Path, **sections: Any) -> Config:
