@@ -35,7 +35,7 @@ from distrl.data.sources import Comparison, load_comparisons, load_prompts, on_o
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.learn.loop import Loss, OnStep, TrainingFailed, train
 from distrl.learn.report import write_report
-from distrl.learn.reward_report import Agreement, agreement, draw_pairs, plot_agreement
+from distrl.learn.reward_report import Agreement, agreement, draw_pairs, gaps, plot_agreement
 from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
 from distrl.models.crew import crew_for
 from distrl.models.packing import pack
@@ -255,10 +255,13 @@ def group_loss(module: ScalarModel, batch: Sequence[Group], settings: RewardMode
 
 
 def pairs_of(ratings_K: Float32s, min_gap: float) -> tuple[list[int], list[int], Float32s]:
-    """Places of the better and of the worse response of each pair, and their ratings' gap."""
-    gap_KK = ratings_K[:, None] - ratings_K[None, :]
-    better, worse = np.nonzero((gap_KK > 0) & (gap_KK >= min_gap))
-    return better.tolist(), worse.tolist(), gap_KK[better, worse]
+    """Places of the better and of the worse response of each pair, and their ratings' gap.
+
+    Exactly `min_gap` apart is enough, and equal is none, whatever rounding made of it.
+    """
+    gap_KK, slack_KK = gaps(ratings_K[:, None], ratings_K[None, :])
+    better, worse = np.nonzero((gap_KK > slack_KK) & (gap_KK >= min_gap - slack_KK))
+    return better.tolist(), worse.tolist(), gap_KK[better, worse].astype(np.float32)
 
 
 def forward_rows(module: ScalarModel, rows: Sequence[Int32s], budget: int) -> Tensor:

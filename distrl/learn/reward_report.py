@@ -24,7 +24,12 @@ MAX_PAIRS = 20_000
 RESAMPLES = 500
 CALIBRATION_BINS = 10
 
+ROUNDING = 2.0**-22
+"""Of the larger of two ratings: more than their difference is off by, as they are kept, or came,
+in 32 bits. On a grid of 0.1, ratings 0.2 apart come out as 0.19999999 or 0.20000005."""
+
 Pairs = NDArray[np.int64]
+Gaps = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,13 @@ class Agreement:
     responses: int
 
 
+def gaps(ratings: Float32s, others: Float32s) -> tuple[Gaps, Gaps]:
+    """ratings - others, in 64 bits, and by how much each may be off: what lies within that of a
+    bound is at the bound, and what lies within it of 0 is a tie."""
+    one, other = ratings.astype(np.float64), others.astype(np.float64)
+    return one - other, ROUNDING * np.maximum(np.abs(one), np.abs(other))
+
+
 def agreement(
     raw_N: Float32s,
     ratings_N: Float32s,
@@ -73,14 +85,14 @@ def agreement(
     first, second = draw_pairs(ratings_N, sets, seed).T
     units = prompts if len(set(prompts)) > 1 else sets
     lead = raw_N[first] - raw_N[second]
-    gap = ratings_N[first] - ratings_N[second]
+    gap, slack = gaps(ratings_N[first], ratings_N[second])
     prob = 1 / (1 + np.exp(-lead.astype(np.float64)))
     preferred = gap > 0
     right = np.where(preferred, lead > 0, lead < 0)
     weights_RP = resampled_weights(first, second, len(raw_N), units, seed)
     accuracy = {}
     for margin in MARGINS:
-        chosen = np.abs(gap) > margin
+        chosen = np.abs(gap) > margin + slack
         if chosen.any():
             accuracy[f"{margin:g}"] = _accuracy(right[chosen], weights_RP[:, chosen])
     return Agreement(
@@ -102,7 +114,8 @@ def draw_pairs(ratings_N: Float32s, sets: Sequence[Hashable], seed: int) -> Pair
         one, other = np.triu_indices(len(places), k=1)
         found.append(np.stack([places[one], places[other]], axis=1))
     pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
-    pairs = pairs[ratings_N[pairs[:, 0]] != ratings_N[pairs[:, 1]]]
+    gap, slack = gaps(*ratings_N[pairs.T])
+    pairs = pairs[np.abs(gap) > slack]
     if not len(pairs):
         raise DataError(
             "no two held-out responses that go together are rated differently "

@@ -98,6 +98,24 @@ def test_pairs_are_at_least_the_gap_apart_and_better_first():
     assert pairs_of(np.array([1.0, 1.0], np.float32), 0.0)[0] == []
 
 
+def test_ratings_exactly_the_gap_apart_are_a_pair_however_they_are_rounded():
+    """On a grid of 0.1, of which 32 bits hold hardly a point."""
+    grid = np.arange(-40, 41) / 10
+    for ratings in (grid, 1000 + grid[:11]):
+        for steps in (1, 2, 3, 5, 7):
+            better, worse, gap = pairs_of(ratings.astype(np.float32), steps / 10)
+            apart = np.subtract(better, worse)
+            assert apart.min() == steps and len(apart) == sum(range(len(ratings) - steps + 1))
+            assert gap == pytest.approx(apart / 10, abs=1e-6 * float(ratings.max()))
+
+
+def test_ratings_that_differ_by_rounding_alone_are_no_pair():
+    ratings_K = np.array([0.3, 0.3 + 3e-8, 0.0], np.float32)
+    assert ratings_K[0] != ratings_K[1]
+    better, worse, _ = pairs_of(ratings_K, 0.0)
+    assert list(zip(better, worse, strict=True)) == [(0, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("margin", [0.0, 0.3])
 def test_the_loss_is_a_mean_over_groups_of_means_over_their_pairs(model, margin):
     settings = RewardModelConfig(margin=margin, min_gap=1.5)

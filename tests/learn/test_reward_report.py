@@ -21,6 +21,10 @@ def test_pairs_are_within_a_prompt_and_of_unequal_ratings():
     ratings_N = np.array([1, 1, 2, 5, 6, 7], np.float32)
     pairs = draw_pairs(ratings_N, ["a", "a", "a", "b", "b", "c"], 0)
     assert sorted(map(sorted, pairs.tolist())) == [[0, 2], [1, 2], [3, 4]]
+    rounded = np.array([0.3, 0.3 + 3e-8, 0], np.float32)
+    assert rounded[0] != rounded[1], "and yet they are equal"
+    pairs = draw_pairs(rounded, ["a"] * 3, 0)
+    assert sorted(map(sorted, pairs.tolist())) == [[0, 2], [1, 2]]
     with pytest.raises(DataError, match=r"rated differently \(4 .* 1 prompts.*data\.source"):
         draw_pairs(np.ones(4, np.float32), ["a"] * 4, 0)
 
@@ -68,6 +72,16 @@ def test_wider_margins_are_easier_and_have_fewer_pairs():
     assert [e.value for e in by_margin] == sorted(e.value for e in by_margin)
     assert [e.pairs for e in by_margin] == sorted((e.pairs for e in by_margin), reverse=True)
     assert all(e.low < e.value < e.high for e in by_margin)
+
+
+def test_exactly_the_margin_apart_is_not_more_than_the_margin():
+    """On a grid of 0.1: 1.2 and 0.7 would be more than 0.5 apart in 32 bits, 1.1 and 0.6 not."""
+    ratings_N = np.tile(np.arange(-15, 16) / 10, 2).astype(np.float32)
+    found = agreement(ratings_N, ratings_N, [""] * 62, 0).accuracy
+    apart = np.abs(np.subtract.outer(np.arange(31), np.arange(31)))
+    for margin, estimate in found.items():
+        # Of each unordered pair of points the two rounds give four pairs.
+        assert estimate.pairs == 4 * (apart > round(10 * float(margin))).sum() / 2
 
 
 def test_margins_without_a_pair_are_left_out():
