@@ -101,7 +101,9 @@ class DataConfig(Section):
         default=12, ge=1, description="longer prompts are an error, not cut"
     )
     prompt_words: tuple[int, int] = Field(
-        default=(2, 5), description="reviews: a prompt is this many first words, drawn by hash"
+        default=(2, 5),
+        description="reviews: a prompt is this many first words, drawn by hash; a held-out one "
+        "that training has word for word is left out",
     )
     limit: int | None = Field(
         default=None, ge=1, description="use only the first rows, for a quick try"

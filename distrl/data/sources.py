@@ -137,18 +137,13 @@ def load_prompts(
     """What is rolled out, tokenised once and for all.
 
     Reviews: the first words of each sentence, as many as a hash of it draws from
-    `prompt_words`; a sentence without a further word is skipped, and so is a prompt longer
-    than `max_prompt_tokens`. Files: `prompt_column`; there a longer one is an error. Raises
+    `prompt_words`; a sentence without a further word is skipped, so is a prompt longer than
+    `max_prompt_tokens`, and so is a held-out one that is a training prompt word for word (sentences
+    that differ may open alike). Files: `prompt_column`; there a longer one is an error. Raises
     DataError.
     """
     if data.source == REVIEWS:
-        rows = [row for r in _reviews(data, split) if (row := _opening(data, tokenizer, r))]
-        if not rows:
-            raise DataError(
-                f"no review opens with data.prompt_words={data.prompt_words} words within "
-                f"data.max_prompt_tokens={data.max_prompt_tokens}; raise the latter"
-            )
-        return rows
+        return _openings(data, tokenizer, split)
     return [_prompt_row(data, tokenizer, row, prompt) for row, prompt in _prompts(data, split)]
 
 
@@ -181,19 +176,40 @@ def _compared(reviews: list[Review]) -> Comparison:
     )
 
 
-def _opening(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, review: Review
-) -> PromptRow | None:
+def _openings(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split
+) -> list[PromptRow]:
+    trained = set() if split == "train" else _trained_openings(data)
+    rows = []
+    for review in _reviews(data, split):
+        opening = _first_words(data, review)
+        if opening is None or opening in trained:
+            continue
+        text, token_ids = encode_prompt(tokenizer, opening)
+        if len(token_ids) <= data.max_prompt_tokens:
+            rows.append(PromptRow(prompt_id=review.review_id, text=text, token_ids=token_ids))
+    if not rows:
+        raise DataError(
+            f"no {split} review opens with data.prompt_words={data.prompt_words} words within "
+            f"data.max_prompt_tokens={data.max_prompt_tokens}; raise the latter"
+            + (f", or data.limit={data.limit}" if data.limit else "")
+        )
+    return rows
+
+
+def _trained_openings(data: DataConfig) -> set[str]:
+    """Of all training reviews, also beyond `limit`: what is held out does not depend on it."""
+    trained = (review for review in load_reviews() if split_of(review.text) == "train")
+    return {words for review in trained if (words := _first_words(data, review))}
+
+
+def _first_words(data: DataConfig, review: Review) -> str | None:
+    """A review's prompt, or None where nothing would be left to write."""
     fewest, most = _check_words(data)
     count = fewest + hash_number(review.text, "prompt_words") % (most - fewest + 1)
     words = review.text.split(" ")
-    if len(words) <= count:
-        return None
     # It ends before the blank: a byte-level BPE has the blank in the first token after it.
-    text, token_ids = encode_prompt(tokenizer, " ".join(words[:count]))
-    if len(token_ids) > data.max_prompt_tokens:
-        return None
-    return PromptRow(prompt_id=review.review_id, text=text, token_ids=token_ids)
+    return " ".join(words[:count]) if len(words) > count else None
 
 
 def _check_words(data: DataConfig) -> tuple[int, int]:

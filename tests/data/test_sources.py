@@ -91,6 +91,22 @@ def test_review_prompts_are_the_first_words(tokenizer: PreTrainedTokenizerFast) 
         assert len(row.token_ids) <= 24
 
 
+def test_no_held_out_review_prompt_is_a_training_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tenth of the held-out sentences open as a training sentence does; SFT and the reward
+    model keep them, as the sentences differ."""
+    train, *held_out = (
+        load_prompts(reviews(max_prompt_tokens=24), tokenizer, split) for split in SPLITS
+    )
+    trained = {row.text for row in train}
+    assert len(train) == 8215, "none of these is left out"
+    assert [len(rows) for rows in held_out] == [946, 927]
+    assert not trained & {row.text for rows in held_out for row in rows}
+    for split, rows in zip(SPLITS[1:], held_out, strict=True):
+        few = load_prompts(reviews(max_prompt_tokens=24, limit=40), tokenizer, split)
+        assert 0 < len(few) < 40
+        assert [r.prompt_id for r in few] == [r.prompt_id for r in rows[: len(few)]]
+
+
 def test_prompt_and_rest_of_a_review_round_trip(tokenizer: PreTrainedTokenizerFast) -> None:
     """The ids of a prompt begin the ids of the whole, so PPO goes on where SFT did."""
     texts = {r.review_id: r.text for r in load_reviews()}
@@ -110,6 +126,8 @@ def test_long_review_prompts_are_skipped(tokenizer: PreTrainedTokenizerFast) -> 
     assert narrow < wide
     with pytest.raises(DataError, match=r"max_prompt_tokens=1; raise the latter"):
         load_prompts(reviews(max_prompt_tokens=1), tokenizer, "test")
+    with pytest.raises(DataError, match=r"raise the latter, or data\.limit=1"):
+        load_prompts(reviews(max_prompt_tokens=1, limit=1), tokenizer, "test")
 
 
 @pytest.mark.parametrize("words", [(0, 2), (3, 2)])
