@@ -38,6 +38,7 @@ from distrl.learn.report import write_report
 from distrl.learn.reward_report import Agreement, agreement, draw_pairs, gaps, plot_agreement
 from distrl.models import ScalarModel, best_device, eos_id, load_policy, reward_input, sample
 from distrl.models.crew import crew_for
+from distrl.models.load import context_of
 from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s
 
@@ -309,8 +310,10 @@ def reference_samples(
     config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Int32s]:
     """Reward inputs sampled from the policy as RL will sample them: responses to
-    `reference_prompts` training prompts drawn by seed, one each where there are so many."""
+    `reference_prompts` training prompts drawn by seed, one each where there are so many. One that
+    fills the model's context stays as it is, as the scorer leaves it."""
     eos, seed = eos_id(tokenizer), config.run.seed
+    context = context_of(policy.config)
     prompts = load_prompts(config.data, tokenizer, "train")
     order = np.random.default_rng(seed).permutation(len(prompts))
     chosen = [prompts[i].token_ids for i in np.resize(order, config.reward_model.reference_prompts)]
@@ -323,6 +326,6 @@ def reference_samples(
         seed=seed,
     )
     return [
-        reward_input(np.concatenate([prompt, response]), eos)
+        reward_input(np.concatenate([prompt, response]), eos, context)
         for prompt, response in zip(chosen, responses, strict=True)
     ]

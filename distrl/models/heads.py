@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distrl.models.folder import META_FILE, replacing
-from distrl.models.load import ModelError, as_dtype, check_finite, checked_folder
+from distrl.models.load import ModelError, as_dtype, check_finite, checked_folder, context_of
 from distrl.models.packing import is_packed, token_states
 from distrl.records import Int32s
 
@@ -122,7 +122,7 @@ class ScalarModel(nn.Module):
     @property
     def context(self) -> int | None:
         """Positions that the body can read; None where its config does not say."""
-        return getattr(self.body.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.body.config)
 
     def save(
         self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]

@@ -143,6 +143,11 @@ def positions(folder: Path) -> int | None:
         config = AutoConfig.from_pretrained(checked_folder(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} holds no model that transformers knows: {error}") from error
+    return context_of(config)
+
+
+def context_of(config: Any) -> int | None:
+    """Positions that a model of this configuration can read; None where it does not say."""
     # Under this name whatever a kind of models calls it, and of the part that reads text.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

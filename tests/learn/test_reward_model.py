@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from distrl.config import Config, RewardModelConfig
 from distrl.data.errors import DataError
-from distrl.data.sources import Comparison
+from distrl.data.sources import Comparison, load_prompts
 from distrl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from distrl.learn import reward_model
 from distrl.learn.reward_model import (
@@ -320,3 +321,20 @@ def test_few_prompts_are_sampled_more_than_once(config, policy, tmp_path):
     assert len(samples) == one.reward_model.reference_prompts
     assert len({ids.tobytes() for ids in samples}) > 1
     assert run_reward_model(one, policy, tmp_path / "out").gain > 0
+
+
+def test_samples_that_fill_the_model_s_context_can_be_read(config):
+    """GPT-2 has so many positions and no more, and here a longest prompt's response fills them."""
+    tokenizer = train_tokenizer(["Film 12 was", *GOOD, *BAD] * 3, 300, 24)
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=32, n_layer=1, n_head=1)
+    model = GPT2LMHeadModel(shape).eval()
+    prompts = load_prompts(config.data, tokenizer, "train")
+    longest = max(len(row.token_ids) for row in prompts)
+    values = config.model_dump()
+    values["data"]["max_prompt_tokens"] = longest
+    values["generate"]["max_new_tokens"] = 24 - longest
+    whole = Config.model_validate(values)
+    samples = reference_samples(whole, model, tokenizer)
+    assert max(map(len, samples)) == 24
+    scores_N = score_rows(ScalarModel.from_policy(model, 1), samples)
+    assert np.isfinite(scores_N).all()

@@ -124,6 +124,20 @@ def test_the_plot_is_a_picture(tmp_path):
     assert (tmp_path / "deep" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("right, lowest", [(1, 0.4), (0.2, 0.2), (0, 0)])
+def test_the_plot_goes_down_to_the_lowest_accuracy(tmp_path, monkeypatch, right, lowest):
+    figures = []
+    monkeypatch.setattr(reward_report.plt, "close", figures.append)
+    ratings_N = np.array([1, 0] * 100, np.float32)
+    raw = np.where(np.arange(200) // 2 % 10 < 10 * right, ratings_N, 1 - ratings_N)
+    quality = agreement(raw, ratings_N, [str(i // 2) for i in range(200)], 0)
+    assert quality.accuracy["0"].value == pytest.approx(right)
+    plot_agreement(quality, tmp_path / "calibration.png")
+    low, high = figures[0].axes[0].get_ylim()
+    assert high == 1 and low <= min(lowest, quality.accuracy["0"].low)
+    assert low == 0.4 or lowest < 0.4
+
+
 def test_with_every_pair_once_the_resampled_figures_are_the_figures_themselves(monkeypatch):
     ones = np.ones((3, 20_000), np.float32)
     monkeypatch.setattr(reward_report, "resampled_weights", lambda *_: ones)
