@@ -22,6 +22,11 @@ class WorkerDied(RoleError):
     """The process behind a role is gone. `restart()` brings up another."""
 
 
+class HeldUp(WorkerDied):
+    """The process serves nobody, as one piece of work never ends there. That is the work's fault,
+    so the restart is not one of the worker's `driver.max_restarts`."""
+
+
 class EngineFailed(WorkerDied):
     """A generator's engine did not come up; the log of whoever started it says why."""
 
@@ -32,6 +37,10 @@ class CanaryMismatch(RoleError):
 
 class ScoreFailed(RoleError):
     """No score could be computed for a group. It is a failure, never a number."""
+
+
+class NeverScored(ScoreFailed):
+    """A group's score never comes. Another try would hold up another scorer: it is given up."""
 
 
 class LearnerFailed(UserError):
@@ -80,7 +89,7 @@ class Scorer(Protocol):
     name: str
 
     async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
-        """Score one group. Raises ScoreFailed."""
+        """Score one group. Raises ScoreFailed; HeldUp where another group never ends."""
         ...
 
     async def restart(self) -> None:

@@ -3,8 +3,8 @@
 Only that process imports the room: torch and vLLM take ten seconds, which the driver and the
 other actors need not spend.
 
-A generator or scorer whose engine is gone ends its own process with `os._exit`: Ray
-would otherwise count it as alive (and `exit_actor` as finished on purpose).
+A generator whose engine is gone, or a scorer whose thread hangs, ends its own process with
+`os._exit`: Ray would otherwise count it as alive (and `exit_actor` as finished on purpose).
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ Until then it takes what is free: most of a start is imports, and some actors ha
 
 DEAD_ENGINE = 75
 """Exit status of an actor whose engine died."""
+
+LAST_WORDS_S = 5
+"""A scorer that hangs ends so much later: its answers say which group it hangs at."""
 
 
 def _begin(path: Path) -> None:
@@ -185,7 +188,11 @@ class ScorerActor:
         self.desk.drop(ticket)
 
     async def _score(self, info: GroupInfo, rollout: Rollout) -> tuple[ScoredInfo, ScoredRollout]:
-        parcel = await self.scorer.score(Parcel(info=info, payload=rollout))
+        try:
+            parcel = await self.scorer.score(Parcel(info=info, payload=rollout))
+        except WorkerDied as error:
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, _end, error)
+            raise
         return parcel.info, parcel.payload
 
     async def close(self) -> None:

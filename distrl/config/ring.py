@@ -42,7 +42,10 @@ class GenerateConfig(Section):
         default=300, gt=0, description="deadline for an actor to come up"
     )
     request_timeout_s: float = Field(
-        default=600, gt=0, description="a group that takes longer is lost"
+        default=600,
+        gt=0,
+        description="a group that takes longer is lost; an engine that has work, and gives out no "
+        "token in so long, is replaced",
     )
 
 
@@ -115,7 +118,10 @@ class ScoreConfig(Section):
         "seconds at the start; needs a C++ compiler",
     )
     timeout_s: float = Field(
-        default=120, gt=0, description="a group that takes longer is tried again"
+        default=120,
+        gt=0,
+        description="a group that takes longer is tried again; one that a reward hangs at is "
+        "dropped, and its scorer replaced",
     )
     overlong: OverlongConfig = OverlongConfig()
 

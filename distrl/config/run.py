@@ -62,7 +62,10 @@ class DriverConfig(Section):
         default=2, ge=2, description="newest checkpoints that stay; two, so that one may be damaged"
     )
     stall_timeout_s: float = Field(
-        default=900, gt=0, description="no progress for this long stops the run"
+        default=1800,
+        gt=0,
+        description="no progress for this long stops the run; longer than a hanging engine takes "
+        "to be missed (generate.request_timeout_s) and replaced (generate.start_timeout_s)",
     )
     ledger: bool = Field(
         default=True, description="keep ledger.sqlite: what became of every prompt (distrl audit)"

@@ -134,6 +134,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_deadlines(self) -> Config:
+        stall_s = self.driver.stall_timeout_s
+        for name, limit_s in (
+            ("generate.request_timeout_s", self.generate.request_timeout_s),
+            ("score.timeout_s", self.score.timeout_s),
+        ):
+            if limit_s >= stall_s:
+                raise ConfigError(
+                    f"driver.stall_timeout_s={stall_s:g} would end the run before {name}="
+                    f"{limit_s:g} can mend anything; lower {name}, or raise "
+                    "driver.stall_timeout_s well above it: a worker that hangs has to be replaced "
+                    "in the rest"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_algorithm(self) -> Config:
         learn, samples = self.learn, self.generate.samples_per_prompt
         advantage = learn.advantage

@@ -6,9 +6,10 @@ Invariant: a call that `do` was given ends exactly once, with a result or with G
 that was condemned (its process died, or it would not take on the weights) has every call in flight
 abandoned: whatever the old process might still deliver is never looked at.
 
-A worker is *up*, *recovering* (one task restarts it, at most `max_restarts` times in a run) or
-*retired*. When the last one retires, FleetExhausted ends the run and names every cause. Workers
-may join a running fleet, and leave it: one that leaves ends what it has in flight.
+A worker is *up*, *recovering* (one task restarts it, at most `max_restarts` times in a run, those
+not counted that a piece of work made necessary, which is given up for it) or *retired*. When the
+last one retires, FleetExhausted ends the run and names every cause. Workers may join a running
+fleet, and leave it: one that leaves ends what it has in flight.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from distrl.driver.errors import FleetExhausted
 from distrl.driver.worker import Call, R, Shortlist, Worker
-from distrl.roles import RoleError, WorkerDied
+from distrl.roles import HeldUp, NeverScored, RoleError, WorkerDied
 
 T = TypeVar("T")
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -102,7 +103,8 @@ class Fleet(Generic[R]):
         """Run `work` on the least loaded worker, then on others while RoleError is raised.
 
         `load` is what the work adds to a worker's; `first` is asked first where it is usable.
-        Raises GroupLost after `tries` failures; other exceptions of `work` pass through.
+        Raises GroupLost after `tries` failures, or NeverScored; other exceptions of `work` pass
+        through.
         """
         worker = first
         for left in reversed(range(self._tries)):
@@ -114,7 +116,7 @@ class Fleet(Generic[R]):
             try:
                 return await self._loaded_with(load, worker, work(worker.role))
             except RoleError as error:
-                if not left:
+                if not left or isinstance(error, NeverScored):
                     reason = f"{self._kind}: {type(error).__name__}: {error}"
                     raise GroupLost(reason) from error
                 self.retries += 1
@@ -158,6 +160,7 @@ class Fleet(Generic[R]):
                 self.abandon(worker, cause)
             return
         worker.state = "recovering"
+        worker.excused += isinstance(cause, HeldUp)
         self._note(worker.role.name, "lost", str(cause))
         self.abandon(worker, cause)
         if not self._closed:
@@ -229,7 +232,7 @@ class Fleet(Generic[R]):
         self._may_be_usable(worker)
 
     async def _recover(self, worker: Worker[R]) -> None:
-        while worker.restarts < self._max_restarts:
+        while worker.restarts - worker.excused < self._max_restarts:
             worker.restarts += 1
             try:
                 await worker.role.restart()

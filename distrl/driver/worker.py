@@ -40,11 +40,17 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Worker(Generic[R]):
-    """One role, and what the fleet knows of it; `load`: tokens that it has in flight."""
+    """One role, and what the fleet knows of it.
+
+    Attributes:
+        excused: restarts that were not its fault.
+        load: tokens that it has in flight.
+    """
 
     role: R
     state: Literal["up", "recovering", "retired"] = "up"
     restarts: int = 0
+    excused: int = 0
     cause: RoleError | None = None
     load: float = 0.0
     # A mapping for its order: a set's would differ from run to run, and a simulation's with it.

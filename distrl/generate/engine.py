@@ -4,9 +4,10 @@ vLLM's own processes listen to each other on the loopback address."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -127,6 +128,20 @@ def _executor(spec: EngineSpec) -> str | None:
     if spec.config.gpus <= 0:
         return ONE_PROCESS
     return "mp" if spec.workers > 1 else None
+
+
+def on_output(engine: AsyncLLM, heard: Callable[[], None]) -> None:
+    """Have `heard` called with each pass that gives something out: our requests ask for their final
+    outputs alone, and so see nothing of it. To be called before the event loop turns."""
+    core = engine.engine_core
+    get = core.get_output_async
+
+    async def get_and_tell() -> Any:
+        outputs = await get()
+        heard()
+        return outputs
+
+    core.get_output_async = get_and_tell
 
 
 def _environment(spec: EngineSpec) -> dict[str, str]:

@@ -6,6 +6,9 @@ a sample of unproven weights never leaves.
 `load_weights` waits for nobody: requests in flight are frozen, not drained, and go on
 under the new weights with their cache computed anew; each token keeps the version
 that sampled it. One lock owns pause and resume.
+
+A request that takes too long is lost; an engine that has work for as long and gives nothing out is
+stopped, and whoever waits for it gets WorkerDied (`watch.py`).
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ import numpy as np
 
 from distrl.config import SyncConfig
 from distrl.data.tokenizer import load_tokenizer
-from distrl.generate.engine import SOCKETS, EngineSpec, sampler_seed, start_engine
+from distrl.generate.engine import SOCKETS, EngineSpec, on_output, sampler_seed, start_engine
 from distrl.generate.records import IncompleteOutput, to_rollout, token_logprobs
+from distrl.generate.watch import Watch
 from distrl.records import GroupInfo, Offer, Parcel, Prompt, Rollout, Weights
 from distrl.roles import CanaryMismatch, EngineFailed, RoleError, WorkerDied
 from distrl.sync.vllm_calls import arriving, in_memory, meeting
@@ -78,6 +82,8 @@ class VLLMGenerator:
         self._bad_loads = 0
         self._gate: Gate | None = None
         self._releasing: asyncio.Task[None] | None = None
+        self._loads = 0
+        self._watching: asyncio.Task[None] | None = None
         self._collectors: set[RequestOutputCollector] = set()
         self._met: tuple[str, int] | None = None
         self._sockets = Path(tempfile.mkdtemp(prefix=f"{SOCKETS}{os.getpid()}-"))
@@ -93,7 +99,23 @@ class VLLMGenerator:
             self._engine = start_engine(self.spec, self._sockets, self.sync.transport)
         except Exception as error:  # vLLM's own say "see above", which is in the log
             raise EngineFailed(f"{self.name}: the engine did not start: {error}") from error
+        watch = Watch(self.spec.config.request_timeout_s, self._has_work)
+        on_output(self._engine, watch.heard)
+        self._watching = asyncio.create_task(self._give_up_after(watch))
         await self._engine.update_weight_version("0")
+
+    def _has_work(self) -> bool:
+        """Whether the engine should be giving out tokens; a load has a deadline of its own."""
+        releasing = self._releasing is not None and not self._releasing.done()
+        return not self._loads and (releasing or bool(self._collectors))
+
+    async def _give_up_after(self, watch: Watch) -> None:
+        await watch.silence()
+        await self._stop(
+            "the engine had work, and gave out no token in "
+            f"generate.request_timeout_s={watch.limit_s:g} s of it; "
+            "its process or its GPU hangs"
+        )
 
     @property
     def engine(self) -> AsyncLLM:
@@ -266,6 +288,7 @@ class VLLMGenerator:
         and is stopped.
         """
         limit = asyncio.timeout(self.sync.timeout_s)
+        self._loads += 1
         try:
             async with limit, self._updating:
                 await self._load(weights, offer)
@@ -281,6 +304,8 @@ class VLLMGenerator:
         except WorkerDied:
             await self.close()
             raise
+        finally:
+            self._loads -= 1
 
     async def _load(self, weights: Weights, offer: Offer | None) -> None:
         """Transfer, then the canary. Raises CanaryMismatch; its weights stay unproven then."""
@@ -362,9 +387,15 @@ class VLLMGenerator:
 
     async def close(self) -> None:
         """Stop the engine and its processes; who waits gets WorkerDied. May be called twice."""
+        await self._stop("its engine was stopped")
+
+    async def _stop(self, why: str) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None and watching is not asyncio.current_task():
+            watching.cancel()
         engine, self._engine = self._engine, None
         self._met = None
-        gone = WorkerDied(f"{self.name}: its engine was stopped")
+        gone = WorkerDied(f"{self.name}: {why}")
         for collector in self._collectors:
             collector.put(gone)
         gate, self._gate = self._gate, None

@@ -2,9 +2,12 @@
 
     score()   appends to the queue, waits for its own answer under a deadline
     _drain()  one at a time: takes all that waits → scores it in a thread → answers each
+    _late()   a deadline has passed: of a slow group, or of one behind a thread that hangs
 
 So the event loop stays free, a lone request is scored at once, and under load requests
-share forward passes without a timer.
+share forward passes without a timer. A thread that hangs keeps all the others out, and cannot be
+ended: then the group that it hangs at gets NeverScored, and whoever else waits gets HeldUp, as the
+scorer serves nobody until it is restarted.
 """
 
 from __future__ import annotations
@@ -19,13 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from distrl.config import ScoreConfig
 from distrl.models.crew import ALONE, Crew
 from distrl.records import GroupInfo, Parcel, Rollout, ScoredInfo, ScoredRollout
-from distrl.roles import ScoreFailed
+from distrl.roles import HeldUp, NeverScored, RoleError, ScoreFailed, WorkerDied
+from distrl.score.batch import Batch
 from distrl.score.compose import RewardSum
+
+NEARLY = 0.9
+"""A thread that stood still for so much of a deadline that has passed is one that hangs. Those who
+asked first waited a little longer than it stands still, for it did the others before."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    rollout: Rollout
+    group: Parcel[GroupInfo]
     answer: asyncio.Future[ScoredRollout]
 
 
@@ -49,26 +57,29 @@ class LocalScorer:
         self._timeout_s = config.timeout_s
         self._waiting: list[_Request] = []
         self._being_scored: list[_Request] = []
+        self._batch = Batch(())
+        self._dead: WorkerDied | None = None
         self._drain_task: asyncio.Task[None] | None = None
 
     async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
         """Score one group; many calls may be in flight. The payload is a `Rollout`, and comes
         back as a `ScoredRollout`.
 
-        Raises ScoreFailed: a part failed, or there was no answer within `score.timeout_s`.
+        Raises ScoreFailed: a part failed, or there was no answer within `score.timeout_s`;
+        NeverScored or WorkerDied where the thread hangs, at this group or at another.
         """
-        start = time.perf_counter()
-        request = _Request(group.payload, asyncio.get_running_loop().create_future())
+        if self._dead is not None:
+            raise _copy(self._dead)
+        start, loop = time.perf_counter(), asyncio.get_running_loop()
+        request = _Request(group, loop.create_future())
+        deadline = loop.call_later(self._timeout_s, self._late, request)
         self._waiting.append(request)
         if self._drain_task is None or self._drain_task.done():
             self._drain_task = asyncio.create_task(self._drain())
         try:
-            scored = await asyncio.wait_for(request.answer, self._timeout_s)
-        except TimeoutError:
-            raise ScoreFailed(
-                f"{self.name} gave no score for prompt {group.info.prompt_id!r} within "
-                f"{self._timeout_s} s (score.timeout_s)"
-            ) from None
+            scored = await request.answer
+        finally:
+            deadline.cancel()
         info = ScoredInfo(
             group=group.info,
             rewards=tuple(score.value for score in scored.scores),
@@ -93,17 +104,19 @@ class LocalScorer:
     async def restart(self) -> None:
         """Leave a thread that hangs to itself, and fail what waits. A thread cannot be killed:
         only a scorer in a process of its own is really replaced."""
-        self._fail_all("was restarted")
+        self._fail_all(ScoreFailed(f"{self.name} was restarted"))
+        self._dead = None
 
     async def close(self) -> None:
         """Fail what still waits. May be called twice."""
-        self._fail_all("was closed")
+        self._fail_all(ScoreFailed(f"{self.name} was closed"))
 
     async def _drain(self) -> None:
         while batch := [r for r in self._waiting if not r.answer.done()]:
             self._waiting, self._being_scored = [], batch
+            self._batch = Batch([r.group.payload for r in batch])
             try:
-                scored = await asyncio.to_thread(self._rewards.score, [r.rollout for r in batch])
+                scored = await asyncio.to_thread(self._rewards.score, self._batch)
             except Exception as error:  # whoever waits must hear of it, whatever it is
                 cause = f"{self.name}: {type(error).__name__}: {error}"
                 scored = [ScoreFailed(cause) for _ in batch]
@@ -111,19 +124,50 @@ class LocalScorer:
                 _answer(request, result)
         self._waiting = self._being_scored = []
 
-    def _fail_all(self, what: str) -> None:
+    def _late(self, request: _Request) -> None:
+        """The deadline of a request has passed."""
+        hangs = self._being_scored and self._batch.still_s() > NEARLY * self._timeout_s
+        if not hangs:
+            _answer(request, ScoreFailed(self._too_late(request.group.info)))
+            return
+        place = self._batch.present()
+        if place is None:
+            self._dead = WorkerDied(
+                f"{self.name}: its reward models gave nothing within {self._timeout_s} s "
+                "(score.timeout_s)"
+            )
+        else:
+            culprit = self._being_scored[place].group.info
+            self._dead = HeldUp(f"{self.name}: the reward of prompt {culprit.prompt_id!r} hangs")
+            for one in (*self._being_scored, *self._waiting):  # before the others end this scorer
+                if one.group.info.index == culprit.index:
+                    _answer(one, NeverScored(f"{self._too_late(culprit)}: its reward hangs"))
+        self._fail_all(self._dead)
+
+    def _too_late(self, group: GroupInfo) -> str:
+        return (
+            f"{self.name} gave no score for prompt {group.prompt_id!r} within "
+            f"{self._timeout_s} s (score.timeout_s)"
+        )
+
+    def _fail_all(self, error: RoleError) -> None:
         if self._drain_task is not None:
             self._drain_task.cancel()
             self._drain_task = None
         for request in (*self._being_scored, *self._waiting):
-            _answer(request, ScoreFailed(f"{self.name} {what}"))
+            _answer(request, _copy(error))
         self._waiting = self._being_scored = []
 
 
-def _answer(request: _Request, result: ScoredRollout | ScoreFailed) -> None:
+def _copy(error: RoleError) -> RoleError:
+    """One for each who is told: whoever raises it leaves a traceback and notes on it."""
+    return type(error)(*error.args)
+
+
+def _answer(request: _Request, result: ScoredRollout | RoleError) -> None:
     if request.answer.done():  # its deadline passed, or its caller has gone
         return
-    if isinstance(result, ScoreFailed):
+    if isinstance(result, RoleError):
         request.answer.set_exception(result)
     else:
         request.answer.set_result(result)

@@ -147,6 +147,14 @@ REFUSED = {
         ["--sync.transport", "nccl", "--generate.gpus", "0.5", "--learn.gpus", "0.5"],
         ["generate.gpus=0.5", "give each at least 1"],
     ),
+    "a lost group": (
+        ["--generate.request_timeout_s", "1800"],
+        ["driver.stall_timeout_s=1800", "generate.request_timeout_s=1800", "well above it"],
+    ),
+    "a late score": (
+        ["--driver.stall_timeout_s", "601", "--score.timeout_s", "700"],
+        ["driver.stall_timeout_s=601", "score.timeout_s=700", "lower score.timeout_s"],
+    ),
     "reward part": (
         ["--score.parts", '[{"name": "a"}]'],
         ["'a'", "needs either model or function"],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import pytest
 
 from distrl.actors.sending import deadline
+from distrl.config import GenerateConfig
 from distrl.driver import FleetExhausted
+from distrl.roles import HeldUp, NeverScored, RoleError, WorkerDied
 from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed
 
 
@@ -141,12 +144,96 @@ class OnTime(FakeGenerator):
 
 
 def test_a_load_that_hangs_costs_its_deadline_and_not_the_run(world):
-    """Far below the driver's patience (900 s), which would end it."""
+    """Far below the driver's patience, which would end it."""
     hangs = OnTime("g0", faults=Faults(load={2: "hang"}))
     run = world(generators=[hangs, gen("g1")]).run()
     assert (hangs.restarts, run.summary.restarts) == (1, 1)
     assert run.trained == list(range(24))
     assert 120 < run.summary.seconds < 200
+
+
+class StandsStill(OnTime):
+    """As an engine that stands still from `at_s` on: it loses its requests, each at its deadline,
+    until it is missed."""
+
+    def __init__(self, name, at_s):
+        super().__init__(name, seconds=fixed(20.0))
+        self.at_s = at_s
+        self.lost = 0
+
+    def still(self):
+        return self.restarts == 0 and asyncio.get_running_loop().time() >= self.at_s
+
+    async def generate(self, prompt):
+        limit_s = GenerateConfig().request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                parcel = await super().generate(prompt)
+                if self.still():
+                    left_s = self.at_s + limit_s - asyncio.get_running_loop().time()
+                    await self._process.wait(left_s)
+                    self._process.die()
+                    raise WorkerDied(f"{self.name}: no token in all that time")
+                return parcel
+        except TimeoutError:
+            self.lost += 1
+            raise RoleError(f"{self.name}: {prompt.prompt_id} took too long") from None
+
+    async def load_weights(self, weights):
+        async with deadline(self.name, weights, 120):
+            await self._process.wait(None if self.still() else 0.1)
+            await FakeGenerator.load_weights(self, weights)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_engine_that_stands_still_costs_its_deadline_and_not_the_run(world, staleness, others):
+    """With the limits as they come, and with nobody else to take over its groups."""
+    still = StandsStill("g0", at_s=50.0)
+    rest = [FakeGenerator(f"g{i}", seconds=fixed(20.0)) for i in range(1, 1 + others)]
+    run = world(generators=[still, *rest], max_staleness=staleness).run()
+    assert run.trained == list(range(24)) and run.summary.drops == {}
+    assert still.restarts == 1 == run.summary.restarts
+    assert others or still.lost, "the groups in flight were lost before it was missed"
+
+
+class HangsAt(FakeScorer):
+    """A scorer whose thread hangs at some groups: its answers are those of `LocalScorer`."""
+
+    def __init__(self, name, poison):
+        super().__init__(name)
+        self.poison = poison
+        self.stuck = None
+
+    async def score(self, group):
+        index = group.info.index
+        if self.stuck is None and index in self.poison:
+            self.stuck = asyncio.Event()
+            await asyncio.sleep(120)
+            asyncio.get_running_loop().call_soon(self.stuck.set)
+            self.asked.append((asyncio.get_running_loop().time(), index))
+            raise NeverScored(f"{self.name}: {index} hangs")
+        if self.stuck is not None:
+            await self.stuck.wait()
+            raise HeldUp(f"{self.name}: a group hangs")
+        return await super().score(group)
+
+    async def restart(self):
+        await super().restart()
+        self.stuck = None
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_that_hang_a_scorer_are_dropped_and_do_not_use_up_its_restarts(world, staleness):
+    """More of them than it has restarts, and it is the only one."""
+    poison = {2, 6, 9, 13, 17}
+    only = HangsAt("s0", poison)
+    run = world(scorers=[only], max_staleness=staleness, steps=5, max_restarts=3).run()
+    assert run.trained == [index for index in range(25) if index not in poison]
+    assert sum(run.summary.drops.values()) == len(poison)
+    assert all("NeverScored" in reason for reason in run.summary.drops)
+    assert only.restarts == len(poison)
+    assert all([index for _, index in only.asked].count(index) == 1 for index in poison)
 
 
 def test_a_death_in_the_middle_of_a_load_does_not_load_twice(world):

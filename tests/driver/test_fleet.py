@@ -7,10 +7,11 @@ import random
 
 import pytest
 
+from distrl.driver.errors import FleetExhausted
 from distrl.driver.fleet import Fleet, GroupLost
 from distrl.driver.generators import Generators
 from distrl.driver.worker import Shortlist, Worker
-from distrl.roles import RoleError, WorkerDied
+from distrl.roles import HeldUp, RoleError, WorkerDied
 from distrl.sim import FakeGenerator, FakeLearner, Faults, fixed, run_virtual
 
 
@@ -117,6 +118,27 @@ def test_tries_move_between_workers_and_the_last_error_is_the_reason():
             await echoes.do(fails, witness=Nobody())
         assert asked == ["e0", "e1", "e0"]
         assert echoes.retries == 2
+
+    run_virtual(main())
+
+
+def test_restarts_that_were_not_its_fault_leave_a_worker_its_own():
+    async def main():
+        role, recoveries = Echo("e0"), []
+
+        def spawn(work):
+            recoveries.append(asyncio.create_task(work))
+            return recoveries[-1]
+
+        echoes = Fleet("echo", [role], max_restarts=1, tries=1, spawn=spawn)
+        for error in (HeldUp("a"), HeldUp("b"), WorkerDied("c"), HeldUp("d")):
+            echoes.condemn(echoes.workers[0], error)
+            await recoveries[-1]
+            assert echoes.workers[0].state == "up"
+        echoes.condemn(echoes.workers[0], WorkerDied("e"))
+        with pytest.raises(FleetExhausted):
+            await recoveries[-1]
+        assert role.restarts == 4
 
     run_virtual(main())
 

@@ -292,6 +292,29 @@ async def test_an_engine_that_dies_in_a_load_is_missed_at_once(engine, policies,
             await engine.load_weights(policies.publish(15))
 
 
+async def test_one_that_stands_still_is_stopped_and_one_that_works_on_is_not(engine, policies):
+    """It is missed by its silence, before any request's own deadline."""
+    spec = engine.spec
+    config = spec.config.model_copy(update={"request_timeout_s": 3})
+    engine.spec = dataclasses.replace(spec, config=config)
+    await engine.restart()
+    await engine.load_weights(policies.publish(16))
+    engine.spec = dataclasses.replace(engine.spec, config=spec.config)
+    until = asyncio.get_running_loop().time() + 5
+    while asyncio.get_running_loop().time() < until:
+        await roll(engine, [policies.prompt(1)])
+    children = psutil.Process().children()
+    (core,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    core.suspend()
+    rolling = [asyncio.create_task(engine.generate(policies.prompt(i))) for i in range(3)]
+    async with asyncio.timeout(30):
+        with pytest.raises(WorkerDied, match=r"no token in generate.request_timeout_s=3 s"):
+            await rolling[0]
+        await all_died(rolling)
+        with pytest.raises(WorkerDied, match="no engine is running"):
+            await engine.generate(policies.prompt(1))
+
+
 async def test_a_restarted_engine_serves_nothing_before_the_runs_weights(engine, policies):
     """It starts from the checkpoint, which is not what the learner has by now."""
     await engine.hold(5)

@@ -20,7 +20,7 @@ from distrl.records import (
     ScoredRollout,
     VersionSpan,
 )
-from distrl.roles import ScoreFailed
+from distrl.roles import HeldUp, NeverScored, ScoreFailed, WorkerDied
 from distrl.score import LocalScorer, RewardSum
 
 
@@ -118,6 +118,71 @@ async def test_the_deadline_is_kept_and_a_restart_goes_on_beside_the_hanging_thr
         await made.score(parcel(1))
     await made.restart()
     assert (await made.score(parcel(2))).info.rewards == (2.0, 2.0)
+    reward.release.set()
+
+
+class OneByOne(Slow):
+    """As a function of text; the groups before the one that it hangs at take their time."""
+
+    def scores(self, rollouts):
+        out = []
+        for rollout in rollouts:
+            if rollout.prompt.index == self.hang_on:
+                self.release.wait(10)
+            time.sleep(self.seconds)
+            out.append([float(rollout.prompt.index)] * len(rollout.samples))
+        return out
+
+
+async def told_in_order(made, indices):
+    """(index, error or None) as each was told."""
+    told = []
+
+    async def ask(index):
+        try:
+            await made.score(parcel(index))
+        except WorkerDied as error:
+            told.append((index, type(error)))
+        except ScoreFailed as error:
+            told.append((index, type(error)))
+        else:
+            told.append((index, None))
+
+    await asyncio.gather(*(ask(i) for i in indices))
+    return told
+
+
+async def test_a_group_that_hangs_is_told_first_and_the_others_are_to_be_scored_elsewhere():
+    """Else the end of the scorer, which comes of the others, would take its answer along."""
+    reward = OneByOne(hang_on=2)
+    made = scorer(reward, timeout_s=0.5)
+    asked = asyncio.create_task(told_in_order(made, range(5)))
+    await asyncio.sleep(0.2)
+    late = asyncio.create_task(told_in_order(made, [7]))
+    first, *others = await asked
+    assert first == (2, NeverScored)
+    assert sorted(others) == [(i, HeldUp) for i in (0, 1, 3, 4)]
+    assert await late == [(7, HeldUp)], "who waits behind them need not wait so long"
+    with pytest.raises(HeldUp, match="scorer-7: the reward of prompt 'p2' hangs"):
+        await made.score(parcel(8))
+    await made.restart()
+    assert (await made.score(parcel(3))).info.rewards == (3.0, 3.0)
+    reward.release.set()
+
+
+async def test_a_batch_that_is_slow_but_goes_on_fails_its_late_groups_alone():
+    made = scorer(OneByOne(0.1), timeout_s=0.45)
+    told = await told_in_order(made, range(8))
+    assert {error for _, error in told} == {ScoreFailed}
+    await asyncio.sleep(0.5)
+    assert (await made.score(parcel(3))).info.rewards == (3.0, 3.0)
+
+
+async def test_reward_models_that_hang_with_several_groups_blame_none_of_them():
+    reward = Slow(hang_on=3)
+    made = scorer(reward, timeout_s=0.3)
+    told = await told_in_order(made, range(4))
+    assert {error for _, error in told} == {WorkerDied}
     reward.release.set()
 
 
