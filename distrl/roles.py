@@ -27,6 +27,11 @@ class HeldUp(WorkerDied):
     so the restart is not one of the worker's `driver.max_restarts`."""
 
 
+class PayloadLost(RoleError):
+    """What a role was given, or gave, is gone with the machine that held it. Whoever noticed is not
+    to blame, and nobody else can do it either: the group has to be generated anew."""
+
+
 class EngineFailed(WorkerDied):
     """A generator's engine did not come up; the log of whoever started it says why."""
 
@@ -89,7 +94,8 @@ class Scorer(Protocol):
     name: str
 
     async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
-        """Score one group. Raises ScoreFailed; HeldUp where another group never ends."""
+        """Score one group. Raises ScoreFailed; HeldUp where another group never ends; PayloadLost
+        where there is nothing to be scored any more."""
         ...
 
     async def restart(self) -> None:

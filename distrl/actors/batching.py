@@ -18,22 +18,36 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ray.exceptions import ObjectLostError, RayTaskError
+
 from distrl.records import GroupInfo, Parcel, ScoredInfo
+from distrl.roles import PayloadLost
 
 Info = TypeVar("Info", bound=GroupInfo | ScoredInfo)
 Outcomes = list[tuple[int, Any]]
 """(ticket, metadata or exception) of jobs that ended."""
 
 
+def lost(who: str, error: BaseException) -> PayloadLost:
+    """That the object store has not got any more what `who` asked for. Payloads beyond some 100 kB
+    lie on the machine of the actor that gave them."""
+    cause = error.cause if isinstance(error, RayTaskError) else error  # Ray's own is a traceback
+    said = str(cause).strip().splitlines()[0]
+    return PayloadLost(f"{who}: a payload is lost with the machine that held it: {said}")
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A payload behind a reference to several; `await` fetches it."""
+    """A payload behind a reference to several; `await` fetches it. Raises PayloadLost."""
 
     batch: Any
     place: int
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        whole = yield from self.batch.__await__()
+        try:
+            whole = yield from self.batch.__await__()
+        except ObjectLostError as error:
+            raise lost("the driver", error) from error
         return whole[self.place]
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from distrl.actors.batching import Counter, packed
+from distrl.actors.batching import Counter, lost, packed
 from distrl.actors.process import end_group, node_id, remove, tail
 from distrl.actors.sending import deadline, send
 from distrl.learn.spec import Place
@@ -35,7 +35,7 @@ from distrl.records import (
     StepReport,
     Weights,
 )
-from distrl.roles import EngineFailed, LearnerFailed, WorkerDied
+from distrl.roles import EngineFailed, LearnerFailed, PayloadLost, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ class ActorHandle:
         ray.kill(actor)
 
     async def alive(self, reference: Any) -> Any:
-        """Await a call; an actor that is gone becomes WorkerDied with its last words.
+        """Await a call; an actor that is gone becomes WorkerDied with its last words, an object
+        that is gone, of those it was given or gave, PayloadLost.
 
         What the actor itself raised is raised here as it was there.
         """
@@ -105,7 +106,11 @@ class ActorHandle:
             raise WorkerDied(
                 f"{self.name} died: {_first_line(error)}\n{tail(self._log)}"
             ) from error
+        except ObjectLostError as error:
+            raise lost(self.name, error) from error
         except RayTaskError as error:
+            if isinstance(error.cause, ObjectLostError):
+                raise lost(self.name, error) from error
             raise error.cause from error
 
     def running(self) -> Any:
@@ -325,6 +330,11 @@ class LearnerHandle(ActorHandle):
             )
         except WorkerDied as error:
             raise LearnerFailed(str(error)) from error
+        except PayloadLost as error:
+            raise LearnerFailed(
+                f"{error}\nA machine of the cluster has gone; go on with --resume: what was ready "
+                "for the learner is generated again"
+            ) from error
         return answers[0]
 
     async def _all(self, references: Iterable[Any]) -> list[Any]:

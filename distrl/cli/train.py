@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import shutil
 import signal
 import time
@@ -58,7 +59,10 @@ from distrl.metrics import (
     rewind_run,
 )
 from distrl.models.folder import META_FILE
+from distrl.roles import PayloadLost
 from distrl.score.compose import with_default_part
+
+logger = logging.getLogger(__name__)
 
 STOPPED = 75
 """Exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
@@ -361,7 +365,11 @@ class _Tables:
             return
         rows = []
         for payload in payloads[: self._rows]:
-            group = await payload
+            try:
+                group = await payload
+            except PayloadLost as lost:  # it was trained on; people can do without it
+                logger.warning("not in the table of step %d: %s", step, lost)
+                continue
             sample, score = group.rollout.samples[0], group.scores[0]
             versions = sorted({span.version for span in sample.spans})
             rows.append(

@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from distrl.driver.errors import FleetExhausted
 from distrl.driver.worker import Call, R, Shortlist, Worker
-from distrl.roles import HeldUp, NeverScored, RoleError, WorkerDied
+from distrl.roles import HeldUp, NeverScored, PayloadLost, RoleError, WorkerDied
 
 T = TypeVar("T")
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -72,7 +72,7 @@ class Fleet(Generic[R]):
         self.retries = 0
         self._kind = kind
         self._max_restarts = max_restarts
-        self._tries = tries
+        self.tries = tries
         self._spawn = spawn
         self._note = note
         self._closed = False
@@ -103,11 +103,11 @@ class Fleet(Generic[R]):
         """Run `work` on the least loaded worker, then on others while RoleError is raised.
 
         `load` is what the work adds to a worker's; `first` is asked first where it is usable.
-        Raises GroupLost after `tries` failures, or NeverScored; other exceptions of `work` pass
-        through.
+        Raises GroupLost after `tries` failures, or NeverScored; PayloadLost, which no other worker
+        could mend, and other exceptions of `work` pass through.
         """
         worker = first
-        for left in reversed(range(self._tries)):
+        for left in reversed(range(self.tries)):
             if worker is None or worker is not first or not self.is_usable(worker):
                 witness.waits(f"nobody: no {self._kind} is ready")
                 worker = await self._least_loaded(but=worker)
@@ -115,6 +115,8 @@ class Fleet(Generic[R]):
             witness.held_by(worker)
             try:
                 return await self._loaded_with(load, worker, work(worker.role))
+            except PayloadLost:
+                raise
             except RoleError as error:
                 if not left or isinstance(error, NeverScored):
                     reason = f"{self._kind}: {type(error).__name__}: {error}"

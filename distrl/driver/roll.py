@@ -23,7 +23,7 @@ from distrl.driver.staleness import STALE, StalenessRule
 from distrl.driver.state import Progress
 from distrl.driver.ticket import Ticket, Waste
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo
-from distrl.roles import Generator, RoleError, Scorer
+from distrl.roles import Generator, PayloadLost, RoleError, Scorer
 
 
 @dataclass(slots=True)
@@ -244,6 +244,26 @@ class Roller:
     async def _roll_out(
         self, ticket: Ticket, first: Worker[Generator] | None
     ) -> Parcel[ScoredInfo]:
+        """Generate and score; anew where what was generated is lost, `driver.attempts` times."""
+        for left in reversed(range(self.generators.tries)):
+            try:
+                return await self._score(ticket, await self._generate(ticket, first))
+            except PayloadLost as lost:
+                if not left:
+                    raise GroupLost(f"{type(lost).__name__}: {lost}") from lost
+                self._begin_anew(ticket, lost)
+            first = None
+        raise AssertionError("tries is at least 1")
+
+    def _begin_anew(self, ticket: Ticket, lost: PayloadLost) -> None:
+        why = type(lost).__name__
+        if ticket.group is not None:
+            self._lose(ticket.group, f"failed: {why}")
+            ticket.group = None
+        self.generators.retries += 1
+        self.ledger.failed(ticket.prompt.index, f"{ticket.holder}: {why}: {lost}")
+
+    async def _generate(self, ticket: Ticket, first: Worker[Generator] | None) -> Parcel[GroupInfo]:
         generated = await self.generators.do(
             lambda role: role.generate(ticket.prompt),
             witness=_Generating(ticket, self),
@@ -253,6 +273,9 @@ class Roller:
         self._check_group(ticket.prompt, generated.info)
         ticket.group = generated.info
         self.ledger.generated(generated.info)
+        return generated
+
+    async def _score(self, ticket: Ticket, generated: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
         scorer = None
         if self.lockstep:
             place = await self._assembly.join(ticket.prompt.index)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
 from distrl.cli import main
-from distrl.cli.train import open_ledger
+from distrl.cli.train import _Tables, open_ledger
 from distrl.config import Config, dump_yaml
 from distrl.driver.ledger_file import LedgerError, LedgerFile
+from distrl.metrics import ListSink
 from distrl.models.folder import META_FILE
+from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
+from distrl.roles import PayloadLost
 
 
 def test_the_ledger_is_told_of_all_that_is_settled(
@@ -47,6 +51,31 @@ def test_a_checkpoint_that_was_written_without_the_ledger_is_a_hole_in_it(tmp_pa
     LedgerFile(directory.ledger).close()
     with pytest.raises(LedgerError, match=r"has a hole: the checkpoint of step 4.*ledger off"):
         open_ledger(Config(), directory, newest)
+
+
+async def test_a_table_goes_without_a_group_that_is_lost() -> None:
+    """It was trained on, and the run goes on."""
+    ids = np.array([5], np.int32)
+    sample = Sample(
+        text="well",
+        token_ids=ids,
+        logprobs=np.zeros(1, np.float32),
+        spans=(VersionSpan(version=0, start=0, end=1),),
+        finish_reason="stop",
+    )
+    prompt = Prompt(index=0, epoch=0, prompt_id="p0", text="say", token_ids=ids)
+    rollout = Rollout(prompt=prompt, samples=(sample,), generator="g")
+
+    async def there() -> ScoredRollout:
+        return ScoredRollout(rollout=rollout, scores=(Score(value=1.0, parts={"r": 1.0}),))
+
+    async def gone() -> ScoredRollout:
+        raise PayloadLost("the driver: a payload is lost")
+
+    sink = ListSink()
+    await _Tables(Config(), sink)(1, [gone(), there()])
+    ((_, _, _, rows),) = sink.tables
+    assert [row[2] for row in rows] == ["well"]
 
 
 @pytest.fixture

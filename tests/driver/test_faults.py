@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import sqlite3
 
 import pytest
 
 from distrl.actors.sending import deadline
 from distrl.config import GenerateConfig
 from distrl.driver import FleetExhausted
-from distrl.roles import HeldUp, NeverScored, RoleError, WorkerDied
+from distrl.roles import HeldUp, NeverScored, PayloadLost, RoleError, WorkerDied
 from distrl.sim import FakeGenerator, FakeLearner, FakeScorer, Faults, fixed
 
 
@@ -278,6 +280,46 @@ def test_a_failed_score_is_tried_on_another_scorer(world):
     assert run.trained == list(range(24))
     assert run.summary.drops == {}
     assert sorted(scorers[1].scored) == list(range(24))
+
+
+class Loses(FakeScorer):
+    """Is given groups whose samples are gone with the machine of their generator: each of `gone` as
+    often as it says."""
+
+    def __init__(self, name, gone):
+        super().__init__(name)
+        self.gone = gone
+
+    async def score(self, group):
+        if self.gone.get(group.info.index, 0) > 0:
+            self.gone[group.info.index] -= 1
+            raise PayloadLost(f"{self.name}: a payload is lost")
+        return await super().score(group)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_group_that_is_lost_before_it_was_scored_is_generated_anew(world, staleness, tmp_path):
+    """No scorer is to blame, and none is asked a second time for what is not there."""
+    gone = {5: 1, 9: 2}
+    scorers = [Loses("s0", gone), Loses("s1", gone)]
+    run = world(scorers=scorers, max_staleness=staleness)
+    run.ledger = tmp_path / "ledger.sqlite"
+    run.run()
+    assert run.trained == list(range(24)) and run.summary.drops == {}
+    assert [scorer.restarts for scorer in scorers] == [0, 0]
+    served = [index for generator in run.generators for index, _, _ in generator.served]
+    assert (served.count(5), served.count(9), served.count(4)) == (2, 3, 1)
+    assert run.column("driver/retries")[-1] == 3
+    assert run.column("waste/tokens")[-1] == 3 * 16
+    failures = "SELECT idx, count(*) FROM attempts WHERE ended = 'failed' GROUP BY idx"
+    with contextlib.closing(sqlite3.connect(run.ledger)) as db:
+        assert db.execute(failures).fetchall() == [(5, 1), (9, 2)]
+
+
+def test_a_group_that_is_lost_each_time_is_dropped(world):
+    run = world(scorers=[Loses("s0", {5: 99})], steps=4, attempts=2).run()
+    assert run.trained == [*range(5), *range(6, 17)]
+    assert list(run.summary.drops) == ["PayloadLost: s0: a payload is lost"]
 
 
 def test_a_dead_scorer_is_restarted_and_nothing_is_lost(world):
