@@ -44,7 +44,10 @@ class Actor:
         async def part(place: int) -> Any:
             return (await both)[place]
 
-        return Reference(part(0)), Reference(part(1))
+        outcomes, payloads = Reference(part(0)), Reference(part(1))
+        # Of an actor that died nobody looks at the payloads, and Ray does not mind.
+        payloads.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return outcomes, payloads
 
     async def _given(self) -> Any:
         giving = asyncio.ensure_future(self.desk.give())
