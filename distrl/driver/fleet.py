@@ -53,7 +53,12 @@ class Witness(Protocol):
 
 
 class Fleet(Generic[R]):
-    """Workers of one role."""
+    """Workers of one role.
+
+    Attributes:
+        tries: how often a piece of work is tried.
+        retries: tries so far that were not the first.
+    """
 
     def __init__(
         self,

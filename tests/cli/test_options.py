@@ -181,11 +181,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_status_2_before_any_actor(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_refused_with_status_2_before_any_stage(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv, named = REFUSED[name]
-    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("an actor system was started"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distrl.cli.train.ensure_sft", lambda *_, **__: pytest.fail("it began"))
     assert main(["train", *argv]) == 2
     said = capsys.readouterr().err
     assert said.startswith("distrl train: ")
