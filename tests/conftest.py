@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests import leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LONGEST = ("test_stops", "test_schedules", "test_survivor", "test_processes", "test_cluster")
+CHAINS = (
+    ("tests/end_to_end/test_stops.py",),
+    ("tests/end_to_end/test_survivor.py", "tests/end_to_end/test_cluster.py"),
+)
+"""Files that run whole rings, each of which would have two cores for itself: the files of a chain
+go to one worker, one after the other, so that there are never more rings than chains."""
+
+FIRST = (
+    *(file for chain in CHAINS for file in chain),
+    "tests/driver/test_schedules.py",
+    "tests/generate/test_processes.py",
+)
+"""The longest files, for the sake of their workers."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of workers side by side wait for each other
@@ -44,12 +58,11 @@ settings.load_profile("distrl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, for the sake of their workers; tests marked `gpu` are skipped where
-    there is no CUDA device."""
+    """The longest files first; tests marked `gpu` are skipped where there is no CUDA device."""
 
     def place(item: pytest.Item) -> int:
-        name = item.path.stem
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        file = file_of(item.nodeid)
+        return FIRST.index(file) if file in FIRST else len(FIRST)
 
     items.sort(key=place)
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -60,6 +73,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+class Chained(LoadFileScheduling):
+    """A worker takes a file at a time, or a chain of them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = file_of(nodeid)
+        return next((" ".join(chain) for chain in CHAINS if file in chain), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Chained:
+    if missing := [file for file in FIRST if not (config.rootpath / file).exists()]:
+        raise pytest.UsageError(f"tests/conftest.py names files that are not there: {missing}")
+    return Chained(config, log)
 
 
 @pytest.fixture
