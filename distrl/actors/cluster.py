@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from distrl.actors.process import end_tree
 from distrl.config import Config
 from distrl.errors import UserError
 from distrl.generate.engine import SOCKETS
@@ -54,6 +58,9 @@ TOKEN = (
     "RAY_AUTH_TOKEN_PATH name a copy of it"
 )
 """What lets a process into a cluster that asks for a token."""
+
+SLOW = re.compile("timed out", re.IGNORECASE)
+"""What Ray says where a node did not come up in time."""
 
 KNOCK_TIMEOUT_S = 10
 """A head node that is there answers within this time."""
@@ -120,6 +127,31 @@ def _sweep() -> None:
 
 
 def _start_here(config: Config, scratch: str) -> None:
+    """Start a cluster for this run. Ray gives a node 30 s to come up and no setting for it, which a
+    busy machine may not keep: it is begun anew for as long as an actor may take."""
+    deadline = time.monotonic() + config.generate.start_timeout_s
+    while True:
+        try:
+            return _start_node(config, scratch)
+        except Exception as error:  # Ray's word for it has no class of its own
+            _end_node(scratch)
+            if time.monotonic() > deadline or not SLOW.search(str(error)):
+                raise PlacementError(
+                    f"Ray did not start on this machine: {error} Its logs are gone with it; "
+                    "'ray start --head --block' shows them. A machine that is busy with something "
+                    "else may be too slow, and a full one ('free', 'df /dev/shm /tmp') lets none in"
+                ) from error
+
+
+def _end_node(scratch: str) -> None:
+    """Kill what was started of a node: Ray's processes have the folder in their command."""
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if scratch in " ".join(process.cmdline()):
+                end_tree(process)
+
+
+def _start_node(config: Config, scratch: str) -> None:
     cpus = sum(d.workers * d.cpus for d in demands(config))
     with _loopback_only():
         ray.init(

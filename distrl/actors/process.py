@@ -94,6 +94,16 @@ def end_group(leader: psutil.Process) -> None:
                 process.kill()
 
 
+def end_tree(process: psutil.Process) -> None:
+    """Kill a process of this machine and all below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        for each in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(family, END_TIMEOUT_S)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is still there."""
     if path.is_dir():

@@ -207,3 +207,57 @@ def test_actors_find_functions_in_the_working_directory(tmp_path: Path) -> None:
         text=True,
     )
     assert ended.stdout == "found 17\n", ended.stderr
+
+
+GIVES_UP_ONCE = """
+import types
+import psutil
+import ray
+from ray._private import node, services
+from distrl.actors.cluster import connected
+from distrl.config import Config
+
+clock, get_node, first = node.time, services.get_node, []
+# Ray waits for 30 s, by this clock for half a second.
+fast = {"monotonic": lambda: 60 * clock.monotonic(), "sleep": clock.sleep, "time": clock.time}
+node.time = types.SimpleNamespace(**fast)
+
+def not_the_first(gcs_address, node_id):
+    first[:] = first or [gcs_address]
+    if gcs_address == first[0]:
+        raise RuntimeError("not there yet")
+    return get_node(gcs_address, node_id)
+
+services.get_node = not_the_first
+with connected(Config()):
+    there = [child.name() for child in psutil.Process().children()]
+    print("raylets", there.count("raylet"), "found", ray.get(ray.remote(lambda: 17).remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_ray_gives_up_is_begun_anew() -> None:
+    """And nothing of the first one is left beside the second."""
+    command = [sys.executable, "-c", GIVES_UP_ONCE]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout == "raylets 1 found 17\n", ended.stderr
+
+
+@pytest.mark.parametrize(("why", "tries"), [("it timed out", 3), ("/tmp is full", 1)])
+def test_a_node_that_does_not_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, why: str, tries: int
+) -> None:
+    """Begun anew while there is time, where time was what it lacked."""
+    tried = []
+
+    def start(*_: Any) -> None:
+        tried.append(why)
+        if len(tried) == 3:
+            monkeypatch.setattr("distrl.actors.cluster.time.monotonic", lambda: float("inf"))
+        raise Exception(f"a node: {why}.")
+
+    monkeypatch.setattr("distrl.actors.cluster._start_node", start)
+    word = f"not start on this machine: a node: {why}. "
+    with pytest.raises(PlacementError, match=word), connected(Config()):
+        pytest.fail("started nothing")
+    assert len(tried) == tries
