@@ -324,6 +324,11 @@ def _prompt_row(
         text, token_ids = encode_prompt(tokenizer, prompt)
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
+    if not len(token_ids):
+        maker = "the chat template" if data.chat else "the tokenizer"
+        raise DataError(
+            f"{row.where}: {maker} makes nothing of the prompt: there is no token to begin from"
+        )
     if len(token_ids) > data.max_prompt_tokens:
         raise DataError(
             f"{row.where}: the prompt has {len(token_ids)} tokens, and data.max_prompt_tokens is "

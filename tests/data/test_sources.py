@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from distrl.config import DataConfig
@@ -346,3 +348,17 @@ def test_chat_trouble_is_told_with_its_line(
         load_prompts(data, tokenizer, "train")
     with pytest.raises(DataError, match=r"rows\.jsonl:2: the chat template refuses"):
         load_prompts(data, chat_tokenizer, "train")
+
+
+def test_a_prompt_of_no_tokens_is_told_with_its_line(
+    write_rows, tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_rows({"prompt": "hi"}, {"prompt": "  "})
+    mute, deaf = copy.deepcopy(chat_tokenizer), copy.deepcopy(tokenizer)
+    mute.chat_template = "{{ messages[0].content | trim }}"
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the chat template makes nothing of"):
+        load_prompts(config(path, validation=str(path), chat=True), mute, "train")
+    deaf.bos_token = None
+    deaf.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the tokenizer makes nothing of"):
+        load_prompts(config(path, validation=str(path)), deaf, "train")
