@@ -183,3 +183,22 @@ def test_recipes_that_cannot_work_are_refused_with_the_fix(values, message):
 )
 def test_the_first_estimator_is_refused_only_where_its_gradient_would_have_to_hold(kl):
     assert Config.model_validate({"learn": {"kl": kl}}).learn.kl.estimator == kl["estimator"]
+
+
+def rates(config: Config) -> tuple[float, float, float, float]:
+    return config.sft.lr, config.reward_model.lr, config.learn.lr, config.learn.critic_lr
+
+
+def test_a_model_from_elsewhere_learns_at_rates_for_a_trained_one() -> None:
+    """Unless they are set, by a recipe or by hand; what is resolved stays as it is."""
+    elsewhere = {"model": {"path": "smollm2"}}
+    given = Config.model_validate(elsewhere)
+    assert rates(given) == (2e-5, 3e-5, 2e-6, 5e-6)
+    assert rates(Config.model_validate(given.model_dump())) == rates(given)
+    assert rates(Config()) == rates(Config.model_validate({"model": {"path": None}}))
+    assert min(rates(Config())) > 50 * 2e-6
+    mine = elsewhere | {"learn": {"lr": 1e-4, "epochs": 1}, "sft": {"epochs": 1}}
+    assert rates(Config.model_validate(mine)) == (2e-5, 3e-5, 1e-4, 5e-6)
+    assert Config.model_validate(mine).learn.epochs == 1
+    recipe = Config.model_validate(read_yaml(preset_path("instructgpt")) | elsewhere)
+    assert rates(recipe)[1:] == (3e-5, preset("instructgpt").learn.lr, 9e-6)

@@ -308,8 +308,16 @@ class LearnConfig(Section):
         default=False,
         description="weights, gradients and moments wait in the CPU's memory (GPUs only)",
     )
-    lr: float = Field(default=3e-4, gt=0, description="policy's peak learning rate")
-    critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
+    lr: float = Field(
+        default=3e-4,
+        gt=0,
+        description="policy's peak learning rate; with model.path, 2e-6 unless set",
+    )
+    critic_lr: float = Field(
+        default=6e-4,
+        gt=0,
+        description="critic's peak learning rate; with model.path, 5e-6 unless set",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="course of both learning rates after the warm-up"
     )

@@ -116,7 +116,11 @@ class SFTConfig(Section):
     epochs: int = Field(
         default=4, ge=0, description="passes over the demonstrations; 0 takes model.path as it is"
     )
-    lr: float = Field(default=2e-3, gt=0, description="peak learning rate (cosine to 10 %)")
+    lr: float = Field(
+        default=2e-3,
+        gt=0,
+        description="peak learning rate (cosine to 10 %); with model.path, 2e-5 unless set",
+    )
     batch_tokens: int = Field(default=1024, ge=16, description="tokens of an optimizer step")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay (AdamW)")
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of steps that warm up")
@@ -133,7 +137,11 @@ class RewardModelConfig(Section):
     """The reward model, from human ratings: the second stage."""
 
     epochs: int = Field(default=2, ge=1, description="passes over the comparisons")
-    lr: float = Field(default=5e-4, gt=0, description="peak learning rate (cosine to 10 %)")
+    lr: float = Field(
+        default=5e-4,
+        gt=0,
+        description="peak learning rate (cosine to 10 %); with model.path, 3e-5 unless set",
+    )
     group: int = Field(
         default=8, ge=2, description="responses compared with each other in one batch element"
     )

@@ -25,6 +25,14 @@ from distrl.config.stages import (
 HALF_PRECISION_GAP = 0.02
 """Nats: engine and learner are no closer where one of them computes in half precision."""
 
+TRAINED_MODEL_RATES = {
+    "sft": {"lr": 2e-5},
+    "reward_model": {"lr": 3e-5},
+    "learn": {"lr": 2e-6, "critic_lr": 5e-6},
+}
+"""Peak learning rates for a model that `model.path` names, unless set: a hundredth of what suits a
+small one that knows nothing yet. Those of the preset `smollm2`, and a usual one of SFT."""
+
 PRESETS = Path(__file__).parent.parent / "presets"
 
 
@@ -45,6 +53,19 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
     simulate: SimulateConfig = SimulateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_of_a_trained_model(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or model.get("path") is None:
+            return values
+        given = {name: values.get(name, {}) for name in TRAINED_MODEL_RATES}
+        return values | {
+            name: TRAINED_MODEL_RATES[name] | section
+            for name, section in given.items()
+            if isinstance(section, dict)
+        }
 
     @model_validator(mode="after")
     def _check(self) -> Config:
