@@ -63,6 +63,7 @@ def train_on(
     words = [
         "train", "--preset", "demo", "--fresh", "--run.seed", str(seed),
         "--model.path", str(source / "sft" / "policy"), "--sft.epochs", "0",
+        "--learn.critic_lr", "6e-4",  # the demo's: the policy is as small as before
         *parts,
         "--driver.steps", str(steps), "--driver.max_staleness", str(staleness),
         "--driver.checkpoint_every", str(steps), "--learn.cpus", "1", "--no-metrics.wandb", *words,
