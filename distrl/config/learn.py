@@ -51,7 +51,7 @@ class AdvantageConfig(Section):
     )
     whiten: bool = Field(default=True, description="bring the batch to mean 0 and variance 1")
     whiten_rewards: bool = Field(
-        default=False, description="scale rewards to variance 1 first; their mean stays"
+        default=False, description="gae: scale rewards to variance 1 first; their mean stays"
     )
 
     _check_kind = field_validator("kind")(
@@ -66,11 +66,11 @@ class AdvantageConfig(Section):
                 "group's rewards are all equal, so that group alone is learned from; set "
                 "learn.advantage.scale=none, or choose a learn.advantage.baseline"
             )
-        if self.kind == "group" and self.whiten_rewards:
+        if self.kind in ("group", "returns") and self.whiten_rewards:
             raise ConfigError(
                 "learn.advantage.whiten_rewards moves each token's reward, and "
-                "learn.advantage.kind=group adds them up, so a long response would earn otherwise "
-                "than a short one; set learn.advantage.whiten_rewards=false"
+                f"learn.advantage.kind={self.kind} adds them up, so a long response would earn "
+                "otherwise than a short one; set learn.advantage.whiten_rewards=false"
             )
         return self
 

@@ -597,6 +597,10 @@ def test_tf_and_torch_agree_but_for_epsilon():
             {"advantage": {"kind": "group", "whiten_rewards": True}},
             r"set learn\.advantage\.whiten_rewards=false",
         ),
+        (
+            {"advantage": {"kind": "returns", "whiten_rewards": True}},
+            r"kind=returns adds them up.*set learn\.advantage\.whiten_rewards=false",
+        ),
         ({"kl": {"kind": "adaptive", "coef": 0}}, r"learn\.kl\.coef=0 stays 0"),
         ({"adam_betas": (0.9, 1.0)}, r"adam_betas=\(0\.9, 1\.0\): each keeps a share"),
         ({"adam_betas": (-0.1, 0.9)}, "each keeps a share"),
