@@ -80,8 +80,9 @@ class ObjectiveConfig(Section):
 
     kind: str = Field(
         default="clip",
-        description="clip: PPO; sequence: GSPO; capped_weight: CISPO; kl_penalty: PPO with a KL "
-        "price instead of a clip; policy_gradient: REINFORCE, A2C; or module:function",
+        description="clip: PPO; sequence: GSPO, by its form for tokens; capped_weight: CISPO; "
+        "kl_penalty: PPO with a KL price instead of a clip; policy_gradient: REINFORCE, A2C; or "
+        "module:function",
     )
     clip_low: float = Field(
         default=0.2,
