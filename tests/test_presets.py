@@ -138,6 +138,24 @@ def test_every_recipe_has_a_source_and_a_name_of_its_own():
         ),
         ({"driver": {"skip_without_signal": True}, "n": 1}, "samples_per_prompt to 2 or more"),
         (
+            {"driver": {"skip_without_signal": True}},
+            r"advantage\.kind=gae learns from them too; set driver\.skip_without_signal=false",
+        ),
+        (
+            {
+                "driver": {"skip_without_signal": True},
+                "learn": {"advantage": {"kind": "returns"}},
+            },
+            r"advantage\.kind=returns learns from them too",
+        ),
+        (
+            {
+                "driver": {"skip_without_signal": True},
+                "learn": {"advantage": {"kind": "group", "baseline": "none", "scale": "none"}},
+            },
+            r"advantage\.kind=group without a learn\.advantage\.baseline learns from them too",
+        ),
+        (
             {"learn": {"advantage": {"kind": "returns"}, "value": {"warmup_steps": 2}}},
             r"learn\.advantage\.kind=returns has none; set it to 0",
         ),
@@ -171,6 +189,19 @@ def test_recipes_that_cannot_work_are_refused_with_the_fix(values, message):
     samples = values.pop("n", 4)
     with pytest.raises((ConfigError, ValueError), match=message):
         Config.model_validate(values | {"generate": {"samples_per_prompt": samples}})
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        {"kind": "group"},
+        {"kind": "group", "baseline": "leave_one_out", "scale": "none"},
+        {"kind": "mine:advantage"},
+    ],
+)
+def test_groups_without_signal_are_skipped_where_a_group_is_its_own_baseline(advantage):
+    values = {"driver": {"skip_without_signal": True}, "learn": {"advantage": advantage}}
+    assert Config.model_validate(values).driver.skip_without_signal
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ class AdvantageConfig(Section):
         return self
 
 
+    @property
+    def learns_from_equal_rewards(self) -> bool:
+        """Whether a group of equal rewards teaches anything: it does not where it is its own
+        baseline. Of a function of one's own only its author knows, who is believed: False."""
+        if self.kind == "group":
+            return self.baseline == "none"
+        return self.kind in ADVANTAGES
+
+
 class ObjectiveConfig(Section):
     """What the policy's update minimises."""
 
