@@ -123,6 +123,19 @@ def test_the_reward_model_reads_whole_sequences_of_the_run(name):
     assert config.reward_model_tokens >= config.sequence_tokens
 
 
+@pytest.mark.parametrize("name", sorted({*SOURCES, "demo", "smollm2"} - {"dapo"}))
+def test_another_objective_on_a_preset_brings_its_own_bounds(name):
+    """A bound that a preset gives counts as set; DAPO's alone are its own."""
+    papers = {"clip": (0.2, 0.2), "sequence": (3e-4, 4e-4), "capped_weight": (1.0, 4.0)}
+    for kind, bounds in papers.items():
+        values = read_yaml(preset_path(name))
+        chosen = {"kind": kind, "aggregate": "sequence"}
+        learn = values["learn"]
+        learn["objective"] = learn.get("objective", {}) | chosen
+        found = Config.model_validate(values).learn.objective
+        assert (found.clip_low, found.clip_high) == bounds, kind
+
+
 def test_every_recipe_has_a_source_and_a_name_of_its_own():
     there = {path.stem for path in PRESETS.glob("*.yaml")}
     assert there - {"demo", "smollm2"} == set(SOURCES)
