@@ -394,6 +394,13 @@ class LearnConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> LearnConfig:
         off, kind = self.off_policy, self.objective.kind
+        if off.anchor == "behaviour" and kind == "policy_gradient":
+            raise ConfigError(
+                "learn.objective.kind=policy_gradient takes no ratios, so with "
+                "learn.off_policy.anchor=behaviour nothing would be done about tokens that an "
+                "older policy sampled; set learn.off_policy.anchor=proximal, and "
+                "learn.off_policy.weight=token to weigh them"
+            )
         if off.anchor == "behaviour" and off.weight != "none":
             raise ConfigError(
                 "learn.off_policy.anchor=behaviour takes its ratios from the policy that sampled, "

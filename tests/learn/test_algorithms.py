@@ -585,6 +585,13 @@ def test_tf_and_torch_agree_but_for_epsilon():
     "config, message",
     [
         ({"off_policy": {"anchor": "behaviour"}}, r"set learn\.off_policy\.weight=none"),
+        *(
+            (
+                {"objective": {"kind": "policy_gradient"}, "off_policy": off_policy},
+                r"takes no ratios.*set learn\.off_policy\.anchor=proximal, and .*weight=token",
+            )
+            for off_policy in ({"anchor": "behaviour"}, {"anchor": "behaviour", "weight": "none"})
+        ),
         ({"objective": {"kind": "sequence"}}, r"set learn\.objective\.aggregate=sequence"),
         ({"value": {"trunk": "shared"}}, r"set learn\.value\.start=policy"),
         ({"off_policy": {"floor": 3.0}}, r"floor=3.0 is above off_policy\.cap=2.0"),

@@ -92,6 +92,8 @@ def settings(draw: random.Random) -> dict[str, Any]:
     advantage["whiten_rewards"] &= advantage["kind"] == "gae"
     if advantage["kind"] == "group" and advantage["baseline"] == "none":
         advantage["scale"] = "none"
+    if kind == "policy_gradient":
+        off_policy["anchor"] = "proximal"
     off_policy["reject"] &= off_policy["weight"] != "none"
     if kl["kind"] == "adaptive":
         kl["coef"] = 0.1
