@@ -74,7 +74,6 @@ class AdvantageConfig(Section):
             )
         return self
 
-
     @property
     def learns_from_equal_rewards(self) -> bool:
         """Whether a group of equal rewards teaches anything: it does not where it is its own
@@ -140,6 +139,11 @@ class ObjectiveConfig(Section):
             low, high = CLIP_BOUNDS[values["kind"]]
             return {"clip_low": low, "clip_high": high} | values
         return values
+
+    @property
+    def has_clip(self) -> bool:
+        """Whether the clip bounds anything; a function of one's own may use it."""
+        return self.kind not in ("kl_penalty", "policy_gradient")
 
 
 class OffPolicyConfig(Section):
