@@ -208,10 +208,21 @@ def test_padding_reaches_neither_loss_nor_gradient(make, batch, garbage):
 
 
 @pytest.mark.parametrize("make", SURROGATES, ids=NAMES)
-def test_any_gap_stays_finite(make):
-    new = torch.tensor([[-1e4, 0.0]], dtype=torch.float32, requires_grad=True)
-    made = make(new, new.detach().flip(1), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+@pytest.mark.parametrize(
+    ("logprobs", "old"),
+    [
+        pytest.param([-1e4, 0.0], [0.0, -1e4], id="of both signs"),
+        pytest.param([0.0, 0.0], [-1e4, -1e4], id="likelier"),
+        pytest.param([-1e4, -1e4], [0.0, 0.0], id="less likely"),
+    ],
+)
+def test_any_gap_stays_finite(make, logprobs, old):
+    """Of one sign, a sequence's mean is as far off as its tokens."""
+    new = torch.tensor([logprobs], dtype=torch.float32, requires_grad=True)
+    before = torch.tensor([old], dtype=torch.float32)
+    made = make(new, before, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
     made.loss.sum().backward()
+    assert made.ratio.isfinite().all()
     assert made.loss.isfinite().all() and new.grad is not None and new.grad.isfinite().all()
 
 
