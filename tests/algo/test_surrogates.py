@@ -57,6 +57,28 @@ def test_kl_penalty_known_answers(vectors, close):
     close(-made.loss.mean(), wanted["objective"])
 
 
+def test_policy_gradient_known_answers(vectors, close):
+    """A bandit, each action by its probability: the gradient is that of the expected reward with
+    any baseline, which changes its variance alone."""
+    inputs, wanted = (vectors["policy_gradient_bandit"][k] for k in ("inputs", "expected"))
+    theta = torch.tensor(inputs["theta"], requires_grad=True)
+    logprobs = theta.log_softmax(0)
+    p, rewards = logprobs.exp().detach(), torch.tensor(inputs["q"])
+    close(p, wanted["pi"])
+    close(p @ rewards, wanted["J"])
+    baselines = {"mean_q": wanted["J"], "optimal": wanted["optimal_baseline"]}
+    for name, variance in wanted["variance_trace_by_baseline"].items():
+        baseline = baselines[name] if name in baselines else float(name)
+        made = policy_gradient(
+            logprobs[None], logprobs[None], (rewards - baseline)[None], torch.ones(1, 3)
+        )
+        each = torch.stack(
+            [-torch.autograd.grad(one, theta, retain_graph=True)[0] for one in made.loss[0]]
+        )
+        close(p @ each, wanted["grad"])
+        close(p @ each.square().sum(1) - (p @ each).square().sum(), variance)
+
+
 def test_the_penalty_is_doubled_and_halved_as_in_the_paper(vectors, close):
     inputs, wanted = (vectors["adaptive_kl_ppo2017"][k] for k in ("inputs", "expected"))
     control = AdaptivePenalty(inputs["beta0"], inputs["d_targ"])
