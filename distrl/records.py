@@ -18,9 +18,6 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-OVERLONG = "overlong"
-"""The part of a reward that is a penalty of length (DAPO)."""
-
 FinishReason = Literal["stop", "length"]
 Int32s = NDArray[np.int32]
 Float32s = NDArray[np.float32]
@@ -113,10 +110,12 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A finished reward: `value` is the weighted sum of `parts` (before the KL leash)."""
+    """A finished reward: `value` is the weighted sum of `parts` (before the KL leash); `merit` the
+    same before the penalty of length (DAPO), None where there is none."""
 
     value: float
     parts: Mapping[str, float]
+    merit: float | None = None
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.value):
@@ -183,21 +182,21 @@ class GroupInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredInfo:
-    """What the driver knows of a scored group: `rewards` are sums, `parts` what they are of."""
+    """What the driver knows of a scored group: `rewards` are sums, `parts` what they are of, and
+    `merits` the sums before the penalty of length; none where there is no such penalty."""
 
     group: GroupInfo
     rewards: tuple[float, ...]
     seconds: float
     scorer: str = ""
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    merits: tuple[float, ...] = ()
 
     @property
     def silent(self) -> bool:
         """Whether the group says nothing of what is better: all rewards are equal, or differ by
         the penalty of length alone."""
-        parts = [part for name, part in self.parts.items() if name != OVERLONG]
-        alike = [len(set(part)) == 1 for part in parts]
-        return len(set(self.rewards)) == 1 or (bool(alike) and all(alike))
+        return len(set(self.rewards)) == 1 or len(set(self.merits)) == 1
 
 
 Info = TypeVar("Info", bound=GroupInfo | ScoredInfo)

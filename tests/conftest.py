@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -118,6 +119,12 @@ def nothing_left_behind() -> Iterator[None]:
     assert not senders, f"left waiting: {'; '.join(senders)}"
     folders = leftovers.folders()
     assert not folders, f"left among temporary files: {', '.join(map(str, folders))}"
+
+
+@pytest.fixture(scope="session")
+def vectors() -> dict[str, Any]:
+    """Numbers worked out from the papers' formulas, each with its source."""
+    return json.loads((Path(__file__).parent / "algo/vectors.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,19 @@ def test_the_reward_model_reads_whole_sequences_of_the_run(name):
     assert config.reward_model_tokens >= config.sequence_tokens
 
 
+@pytest.mark.parametrize("name", sorted({*SOURCES, "demo", "smollm2"} - {"dapo"}))
+def test_another_objective_on_a_preset_brings_its_own_bounds(name):
+    """A bound that a preset gives counts as set; DAPO's alone are its own."""
+    papers = {"clip": (0.2, 0.2), "sequence": (3e-4, 4e-4), "capped_weight": (1.0, 4.0)}
+    for kind, bounds in papers.items():
+        values = read_yaml(preset_path(name))
+        chosen = {"kind": kind, "aggregate": "sequence"}
+        learn = values["learn"]
+        learn["objective"] = learn.get("objective", {}) | chosen
+        found = Config.model_validate(values).learn.objective
+        assert (found.clip_low, found.clip_high) == bounds, kind
+
+
 def test_every_recipe_has_a_source_and_a_name_of_its_own():
     there = {path.stem for path in PRESETS.glob("*.yaml")}
     assert there - {"demo", "smollm2"} == set(SOURCES)
@@ -137,6 +150,24 @@ def test_every_recipe_has_a_source_and_a_name_of_its_own():
             r"generate\.samples_per_prompt=1 leaves none; sample at least 2",
         ),
         ({"driver": {"skip_without_signal": True}, "n": 1}, "samples_per_prompt to 2 or more"),
+        (
+            {"driver": {"skip_without_signal": True}},
+            r"advantage\.kind=gae learns from them too; set driver\.skip_without_signal=false",
+        ),
+        (
+            {
+                "driver": {"skip_without_signal": True},
+                "learn": {"advantage": {"kind": "returns"}},
+            },
+            r"advantage\.kind=returns learns from them too",
+        ),
+        (
+            {
+                "driver": {"skip_without_signal": True},
+                "learn": {"advantage": {"kind": "group", "baseline": "none", "scale": "none"}},
+            },
+            r"advantage\.kind=group without a learn\.advantage\.baseline learns from them too",
+        ),
         (
             {"learn": {"advantage": {"kind": "returns"}, "value": {"warmup_steps": 2}}},
             r"learn\.advantage\.kind=returns has none; set it to 0",
@@ -171,6 +202,19 @@ def test_recipes_that_cannot_work_are_refused_with_the_fix(values, message):
     samples = values.pop("n", 4)
     with pytest.raises((ConfigError, ValueError), match=message):
         Config.model_validate(values | {"generate": {"samples_per_prompt": samples}})
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        {"kind": "group"},
+        {"kind": "group", "baseline": "leave_one_out", "scale": "none"},
+        {"kind": "mine:advantage"},
+    ],
+)
+def test_groups_without_signal_are_skipped_where_a_group_is_its_own_baseline(advantage):
+    values = {"driver": {"skip_without_signal": True}, "learn": {"advantage": advantage}}
+    assert Config.model_validate(values).driver.skip_without_signal
 
 
 @pytest.mark.parametrize(

@@ -67,19 +67,21 @@ def sequence_surrogate(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Surrogate:
-    """GSPO (Zheng et al. 2025, eq. 5): the clipped surrogate with one ratio for a sequence,
+    """GSPO-token (Zheng et al. 2025, eq. 13 and 14): the clipped surrogate with the ratio
 
-        s = exp(mean_t(logp_t − logp_old,t)),
+        sg(s) exp(logp_t − sg(logp_t)),   s = exp(mean_t(logp_t − logp_old,t)),
 
-    the geometric mean of its tokens' ratios, on each of its tokens. Average it with the shares of
-    "sequence": a sequence's tokens then add up to its term of the paper's sum. The mean is over the
-    mask. Bounds are far narrower than those of tokens (the paper's, by default).
+    in value s, the geometric mean of a sequence's ratios, on each of its tokens; in gradient
+    s ∇logp_t, the token's own. So a token's advantage, weight and clip move that token alone, where
+    s itself (GSPO, eq. 5) would spread them over the sequence. With one advantage a sequence and
+    the shares of "sequence" value and gradient are GSPO's. The mean is over the mask. Bounds are
+    far narrower than those of tokens (the paper's, by default).
     """
     new_BT, old_BT, advantages_BT = _cleaned(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT)
     _check_bounds(clip_low, clip_high, None)
     length_B1 = mask_BT.bool().sum(1, keepdim=True).clamp(min=1)
     mean_B1 = (new_BT - old_BT).sum(1, keepdim=True) / length_B1
-    ratio_BT = _ratio(mean_B1).expand_as(new_BT)
+    ratio_BT = _ratio(mean_B1.detach() + (new_BT - new_BT.detach()))
     return _bounded(ratio_BT, advantages_BT, mask_BT, clip_low, clip_high, None)
 
 

@@ -51,7 +51,7 @@ class AdvantageConfig(Section):
     )
     whiten: bool = Field(default=True, description="bring the batch to mean 0 and variance 1")
     whiten_rewards: bool = Field(
-        default=False, description="scale rewards to variance 1 first; their mean stays"
+        default=False, description="gae: scale rewards to variance 1 first; their mean stays"
     )
 
     _check_kind = field_validator("kind")(
@@ -66,13 +66,21 @@ class AdvantageConfig(Section):
                 "group's rewards are all equal, so that group alone is learned from; set "
                 "learn.advantage.scale=none, or choose a learn.advantage.baseline"
             )
-        if self.kind == "group" and self.whiten_rewards:
+        if self.kind in ("group", "returns") and self.whiten_rewards:
             raise ConfigError(
                 "learn.advantage.whiten_rewards moves each token's reward, and "
-                "learn.advantage.kind=group adds them up, so a long response would earn otherwise "
-                "than a short one; set learn.advantage.whiten_rewards=false"
+                f"learn.advantage.kind={self.kind} adds them up, so a long response would earn "
+                "otherwise than a short one; set learn.advantage.whiten_rewards=false"
             )
         return self
+
+    @property
+    def learns_from_equal_rewards(self) -> bool:
+        """Whether a group of equal rewards teaches anything: it does not where it is its own
+        baseline. Of a function of one's own only its author knows, who is believed: False."""
+        if self.kind == "group":
+            return self.baseline == "none"
+        return self.kind in ADVANTAGES
 
 
 class ObjectiveConfig(Section):
@@ -80,8 +88,9 @@ class ObjectiveConfig(Section):
 
     kind: str = Field(
         default="clip",
-        description="clip: PPO; sequence: GSPO; capped_weight: CISPO; kl_penalty: PPO with a KL "
-        "price instead of a clip; policy_gradient: REINFORCE, A2C; or module:function",
+        description="clip: PPO; sequence: GSPO, by its form for tokens; capped_weight: CISPO; "
+        "kl_penalty: PPO with a KL price instead of a clip; policy_gradient: REINFORCE, A2C; or "
+        "module:function",
     )
     clip_low: float = Field(
         default=0.2,
@@ -130,6 +139,11 @@ class ObjectiveConfig(Section):
             low, high = CLIP_BOUNDS[values["kind"]]
             return {"clip_low": low, "clip_high": high} | values
         return values
+
+    @property
+    def has_clip(self) -> bool:
+        """Whether the clip bounds anything; a function of one's own may use it."""
+        return self.kind not in ("kl_penalty", "policy_gradient")
 
 
 class OffPolicyConfig(Section):
@@ -392,6 +406,13 @@ class LearnConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> LearnConfig:
         off, kind = self.off_policy, self.objective.kind
+        if off.anchor == "behaviour" and kind == "policy_gradient":
+            raise ConfigError(
+                "learn.objective.kind=policy_gradient takes no ratios, so with "
+                "learn.off_policy.anchor=behaviour nothing would be done about tokens that an "
+                "older policy sampled; set learn.off_policy.anchor=proximal, and "
+                "learn.off_policy.weight=token to weigh them"
+            )
         if off.anchor == "behaviour" and off.weight != "none":
             raise ConfigError(
                 "learn.off_policy.anchor=behaviour takes its ratios from the policy that sampled, "

@@ -103,7 +103,8 @@ class ScoreConfig(Section):
         default=(), description="empty: the run's own reward model with weight 1"
     )
     missing_eos_penalty: float | None = Field(
-        default=None, description="added to the score of a response that was cut by length"
+        default=None,
+        description="added to the score of a response that was cut by length, so 0 or below",
     )
     missing_eos_score: float | None = Field(
         default=None,
@@ -131,6 +132,12 @@ class ScoreConfig(Section):
             raise ConfigError(
                 "score.missing_eos_penalty is added to the score of a cut response and "
                 "score.missing_eos_score takes its place: leave one of them empty"
+            )
+        if (self.missing_eos_penalty or 0.0) > 0:
+            raise ConfigError(
+                f"score.missing_eos_penalty={self.missing_eos_penalty:g} is added to the score of "
+                "a response that was cut by length, so it would pay for being cut; give a number "
+                "below 0, -1.0 say"
             )
         names = [part.name for part in self.parts]
         for name in names:

@@ -185,6 +185,16 @@ class Config(Section):
                 "driver.skip_without_signal leaves out groups whose rewards are all equal, and a "
                 "group of one always is; set generate.samples_per_prompt to 2 or more"
             )
+        if self.driver.skip_without_signal and advantage.learns_from_equal_rewards:
+            unless = ""
+            if advantage.kind == "group":
+                unless = " without a learn.advantage.baseline"
+            raise ConfigError(
+                "driver.skip_without_signal leaves out groups whose rewards are all equal, and "
+                f"learn.advantage.kind={advantage.kind}{unless} learns from them too; set "
+                "driver.skip_without_signal=false, or hold samples against their group "
+                "(learn.advantage.kind=group, learn.advantage.baseline=mean)"
+            )
         if learn.value.warmup_steps and not learn.has_critic:
             raise ConfigError(
                 f"learn.value.warmup_steps={learn.value.warmup_steps} trains a critic alone, and "

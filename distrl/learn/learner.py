@@ -265,7 +265,8 @@ class PolicyLearner:
     def _apply(
         self, report: MinibatchReport, pretrain_loss: float, *, policy_learns: bool
     ) -> float:
-        """Clip and step the optimizers; returns the policy's gradient norm before clipping.
+        """Clip and step the optimizers; returns the policy's gradient norm before clipping: 0 while
+        it does not learn, though a critic on its body leaves a gradient there.
 
         Nothing is applied where a loss or a norm is not finite, and NaN comes back.
         """
@@ -283,7 +284,9 @@ class PolicyLearner:
             due = zip(self.optimizers, rates, strict=False)
             crew.run(_descend, [(each, rate) for each, rate in due if rate is not None])
         self._forget_gradients()
-        return norms[0] if finite else math.nan
+        if not finite:
+            return math.nan
+        return norms[0] if policy_learns else 0.0
 
     def _forget_gradients(self) -> None:
         for optimizer in self.optimizers:

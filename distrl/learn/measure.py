@@ -85,13 +85,15 @@ def by_age(
     (the engine when it sampled). KL(behaviour || proximal) is estimated by r - 1 - log r on the
     behaviour policy's samples (k3, Schulman 2020): never negative, no bias. At lag 0 both hold
     the same weights: what is seen there is numerical, and what is seen beyond it is drift. Tokens
-    whose log-probability was taken from the engine are left out.
+    whose log-probability was taken from the engine are left out. An objective without a clip has no
+    share of tokens beyond it.
     """
     mask = prepared.computed
     log_ratio_N = (prepared.proximal - batch.behaviour_BT)[mask]
     ages_N = (version - batch.versions_BT)[mask]
     ratio_N = log_ratio_N.exp()
-    beyond_N = _beyond(batch, prepared, config.objective)[mask]
+    objective = config.objective
+    beyond_N = _beyond(batch, prepared, objective)[mask] if objective.has_clip else None
     out: dict[str, float] = {}
     for age in ages_N.unique().tolist():
         mine = ages_N == age
@@ -101,8 +103,9 @@ def by_age(
             "kl": (ratio - 1 - log_ratio_N[mine]).mean().item(),
             "ess": effective_sample_size(ratio[None], torch.ones_like(ratio)[None]).item(),
             "ratio_mean": ratio.mean().item(),
-            "clip_fraction": beyond_N[mine].float().mean().item(),
         }
+        if beyond_N is not None:
+            figures["clip_fraction"] = beyond_N[mine].float().mean().item()
         out |= {f"offpolicy/{name}/lag{age}": value for name, value in figures.items()}
     return out
 

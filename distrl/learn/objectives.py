@@ -62,7 +62,7 @@ def clip(tokens: Tokens, config: ObjectiveConfig) -> Surrogate:
 
 
 def sequence(tokens: Tokens, config: ObjectiveConfig) -> Surrogate:
-    """GSPO."""
+    """GSPO, by its form for advantages and weights of a token (GSPO-token)."""
     low, high = config.clip_low, config.clip_high
     return sequence_surrogate(*tokens.four, clip_low=low, clip_high=high)
 

@@ -13,7 +13,7 @@ METRICS: dict[str, str] = {
     "reward/mean": "mean score of the step's responses, before the KL price (reward units)",
     "reward/std": "standard deviation of those scores (reward units)",
     "kl/ref": "KL of the policy to the reference policy, k1, summed over a response (nats)",
-    "kl/coef": "price of a nat of KL in the reward (reward units per nat)",
+    "kl/coef": "price of a nat of KL (reward units per nat), in the reward or the loss (kl.place)",
     "ppo/clip_fraction": "share of response tokens whose probability ratio was clipped (0..1)",
     "ppo/approx_kl": "KL to the proximal policy that each minibatch finds before its update, their "
     "mean (nats a token); 0 where a step has one minibatch",
@@ -27,8 +27,9 @@ METRICS: dict[str, str] = {
     "value/explained_variance": "1 - Var(return - value) / Var(return); 1 is perfect, 0 useless",
     "ppo/penalty": "price of a nat between old and new policy (objective.kind=kl_penalty)",
     "loss/policy": "the policy's loss: objective, KL price in the loss and entropy bonus",
-    "loss/pretrain": "PPO-ptx: -log p of SFT examples, before its coefficient (nats a token)",
-    "grad/norm": "norm of the policy's gradient before clipping",
+    "loss/pretrain": "PPO-ptx: -log p of its texts (the SFT examples, or pretrain.source), before "
+    "its coefficient (nats a token)",
+    "grad/norm": "norm of the policy's gradient before clipping; 0 while the critic learns alone",
     "learn/lr": "the policy's learning rate in the step",
     "learn/optimizer_steps": "optimizer steps of the learner step",
     "learn/padding": "share of the tokens of the gradient's passes that are padding",
@@ -74,9 +75,11 @@ BY_LAG: dict[str, str] = {
     "kl": "KL(behaviour || proximal) a token, k3 (nats): at lag 0 numerical, beyond it drift",
     "ess": "effective sample size of their importance weights, uncapped, over their number",
     "ratio_mean": "mean of proximal over behaviour probability; 1 but for chance",
-    "clip_fraction": "share of tokens whose ratio (GSPO: their sequence's) the clip would bound",
+    "clip_fraction": "share of tokens whose ratio (GSPO: their sequence's) the clip would bound; "
+    "none where the objective has no clip (kl_penalty, policy_gradient)",
 }
-"""Metrics by the age of tokens: `offpolicy/<name>/lag<versions>`."""
+"""Metrics by the age of tokens: `offpolicy/<name>/lag<versions>`. All are of the tokens that the
+learner computed: of learn.trust_engine_logprobs' own age those alone that check the engine."""
 
 _BY_LAG = re.compile(rf"offpolicy/({'|'.join(BY_LAG)})/lag\d+")
 # Each part of the reward has a metric of its own, by the name that the config gives it.

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from distrl.config import ConfigError, OverlongConfig, RewardPart, ScoreConfig
 from distrl.models import best_device
 from distrl.models.crew import ALONE, Crew
-from distrl.records import OVERLONG, Rollout, Sample, Score, ScoredRollout
+from distrl.records import Rollout, Sample, Score, ScoredRollout
 from distrl.roles import ScoreFailed
 from distrl.score.model import ModelReward
 from distrl.score.rules import RuleReward
 
 PENALTY = "missing_eos_penalty"
+OVERLONG = "overlong"
 NO_PENALTY = OverlongConfig()
 
 
@@ -113,10 +114,10 @@ class RewardSum:
         if self.missing_eos_score is not None:
             value = self.missing_eos_score if cut else plain
             kept[PENALTY] = value - plain
-        if self.overlong.penalty:
-            kept[OVERLONG] = overlong_penalty(len(sample.token_ids), self.overlong)
-            value += kept[OVERLONG]
-        return Score(value=value, parts=kept)
+        if not self.overlong.penalty:
+            return Score(value=value, parts=kept)
+        kept[OVERLONG] = overlong_penalty(len(sample.token_ids), self.overlong)
+        return Score(value=value + kept[OVERLONG], parts=kept, merit=value)
 
 
 def overlong_penalty(tokens: int, config: OverlongConfig) -> float:

@@ -89,6 +89,7 @@ class LocalScorer:
                 part: tuple(score.parts[part] for score in scored.scores)
                 for part in scored.scores[0].parts
             },
+            merits=tuple(s.merit for s in scored.scores if s.merit is not None),
         )
         return Parcel(info=info, payload=scored)
 

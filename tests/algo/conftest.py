@@ -1,20 +1,12 @@
-"""Known answers, and the double precision they are compared in."""
+"""The double precision that known answers are compared in, and how."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="session")
-def vectors() -> dict[str, Any]:
-    """Numbers worked out from the papers' formulas, each with its source."""
-    return json.loads((Path(__file__).parent / "vectors.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", autouse=True)

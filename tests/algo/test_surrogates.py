@@ -57,6 +57,28 @@ def test_kl_penalty_known_answers(vectors, close):
     close(-made.loss.mean(), wanted["objective"])
 
 
+def test_policy_gradient_known_answers(vectors, close):
+    """A bandit, each action by its probability: the gradient is that of the expected reward with
+    any baseline, which changes its variance alone."""
+    inputs, wanted = (vectors["policy_gradient_bandit"][k] for k in ("inputs", "expected"))
+    theta = torch.tensor(inputs["theta"], requires_grad=True)
+    logprobs = theta.log_softmax(0)
+    p, rewards = logprobs.exp().detach(), torch.tensor(inputs["q"])
+    close(p, wanted["pi"])
+    close(p @ rewards, wanted["J"])
+    baselines = {"mean_q": wanted["J"], "optimal": wanted["optimal_baseline"]}
+    for name, variance in wanted["variance_trace_by_baseline"].items():
+        baseline = baselines[name] if name in baselines else float(name)
+        made = policy_gradient(
+            logprobs[None], logprobs[None], (rewards - baseline)[None], torch.ones(1, 3)
+        )
+        each = torch.stack(
+            [-torch.autograd.grad(one, theta, retain_graph=True)[0] for one in made.loss[0]]
+        )
+        close(p @ each, wanted["grad"])
+        close(p @ each.square().sum(1) - (p @ each).square().sum(), variance)
+
+
 def test_the_penalty_is_doubled_and_halved_as_in_the_paper(vectors, close):
     inputs, wanted = (vectors["adaptive_kl_ppo2017"][k] for k in ("inputs", "expected"))
     control = AdaptivePenalty(inputs["beta0"], inputs["d_targ"])
@@ -111,6 +133,62 @@ def test_sequence_ratio_against_a_loop(batch):
     torch.testing.assert_close(mine, slow)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "clipped"),
+    [
+        pytest.param(10.0, 10.0, set(), id="unclipped"),
+        pytest.param(0.0, 0.0, {0, 4}, id="clipped"),
+        pytest.param(0.06, 0.0, {0}, id="one of each"),
+    ],
+)
+def test_the_form_for_tokens_is_gspo_where_a_sequence_has_one_advantage(low, high, clipped):
+    """Zheng et al. 2025, section 4.3: eq. 13 is eq. 5 then, in value and in gradient."""
+    gaps = torch.tensor([0.08, -0.3, 0.2, 0.0, -0.05])  # log s; the fourth sequence is empty
+    advantages = torch.tensor([1.0, 2.0, -0.7, 1.5, -1.2])[:, None].expand(5, 6)
+    mask = torch.arange(6) < torch.tensor([6, 3, 1, 0, 5])[:, None]
+    noise = torch.randn(5, 6, generator=torch.Generator().manual_seed(2)) * mask
+    noise -= noise.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask
+    old = -torch.rand(5, 6, generator=torch.Generator().manual_seed(3)) - 0.5
+    new = (old + gaps[:, None] + noise).requires_grad_()
+
+    made = sequence_surrogate(new, old, advantages, mask, clip_low=low, clip_high=high)
+    loss = (token_shares(mask, "sequence") * made.loss).sum()
+    (mine,) = torch.autograd.grad(loss, new)
+
+    there = mask.any(1)
+    mean = ((new - old) * mask).sum(1)[there] / mask.sum(1)[there]
+    s, a = mean.exp(), advantages[there, 0]
+    wanted = -torch.minimum(s * a, s.clamp(1 - low, 1 + high) * a).mean()
+    (slow,) = torch.autograd.grad(wanted, new)
+
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, wanted, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(mine, slow, rtol=1e-12, atol=1e-15)
+    silent = torch.zeros(5, dtype=torch.bool)
+    silent[list(clipped)] = True
+    assert torch.equal(made.clipped.bool(), silent[:, None] & mask)
+    assert torch.equal(mine != 0, ~silent[:, None] & mask)
+
+
+def test_a_sequences_ratio_leaves_each_token_its_own_advantage_and_clip(batch):
+    """GSPO-token: d loss_t / d logp_t = -s A_t, 0 where s beyond a bound does not count for A_t."""
+    new, old, advantages, mask = batch
+    made = sequence_surrogate(new, old, advantages, mask, clip_low=0.02, clip_high=0.02)
+    weights = torch.rand(5, 6, generator=torch.Generator().manual_seed(4))
+    (gradient,) = torch.autograd.grad((weights * made.loss).sum(), new)
+    for b in range(5):
+        n = int(mask[b].sum())
+        s = ((new[b, :n] - old[b, :n]).sum() / max(n, 1)).exp().item()
+        for t in range(n):
+            a = advantages[b, t].item()
+            bound = (a > 0 and s > 1.02) or (a < 0 and s < 0.98)
+            assert made.clipped[b, t] == bound
+            own = 0.0 if bound else -s * a * weights[b, t].item()
+            assert gradient[b, t].item() == pytest.approx(own, rel=1e-12, abs=1e-15)
+    assert 0 < made.clipped.sum() < mask.sum()
+    assert not gradient[~mask].any()
+
+
 def test_capped_weights_keep_every_tokens_gradient(batch):
     """CISPO, eq. 4 and 5: d loss / d logp = -clip(ratio) A, whatever the clip."""
     new, old, advantages, mask = batch
@@ -126,10 +204,8 @@ def test_capped_weights_keep_every_tokens_gradient(batch):
 
 @pytest.mark.parametrize("make", SURROGATES, ids=NAMES)
 def test_all_have_the_policy_gradient_where_they_start(make, batch):
-    """At logp = logp_old every surrogate's gradient is -A (a sequence's mean A for GSPO)."""
+    """At logp = logp_old every surrogate's gradient is -A."""
     new, _, advantages, mask = batch
-    if make is sequence_surrogate:
-        advantages = advantages[:, :1].expand(5, 6)
     loss = make(new, new.detach(), advantages, mask).loss
     (gradient,) = torch.autograd.grad((token_shares(mask, "sequence") * loss).sum(), new)
     wanted = torch.where(mask, -token_shares(mask, "sequence") * advantages, 0)
@@ -154,10 +230,21 @@ def test_padding_reaches_neither_loss_nor_gradient(make, batch, garbage):
 
 
 @pytest.mark.parametrize("make", SURROGATES, ids=NAMES)
-def test_any_gap_stays_finite(make):
-    new = torch.tensor([[-1e4, 0.0]], dtype=torch.float32, requires_grad=True)
-    made = make(new, new.detach().flip(1), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+@pytest.mark.parametrize(
+    ("logprobs", "old"),
+    [
+        pytest.param([-1e4, 0.0], [0.0, -1e4], id="of both signs"),
+        pytest.param([0.0, 0.0], [-1e4, -1e4], id="likelier"),
+        pytest.param([-1e4, -1e4], [0.0, 0.0], id="less likely"),
+    ],
+)
+def test_any_gap_stays_finite(make, logprobs, old):
+    """Of one sign, a sequence's mean is as far off as its tokens."""
+    new = torch.tensor([logprobs], dtype=torch.float32, requires_grad=True)
+    before = torch.tensor([old], dtype=torch.float32)
+    made = make(new, before, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
     made.loss.sum().backward()
+    assert made.ratio.isfinite().all()
     assert made.loss.isfinite().all() and new.grad is not None and new.grad.isfinite().all()
 
 

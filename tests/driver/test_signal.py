@@ -48,7 +48,7 @@ def test_groups_without_signal_are_dropped_and_refilled(world, tmp_path):
 
 
 class Lengthy(FakeScorer):
-    """Every group is liked alike, and those of odd prompts but for their lengths."""
+    """The samples of odd prompts are liked differently; all differ in length, which costs."""
 
     async def score(self, group):
         scored = await super().score(group)
@@ -58,7 +58,8 @@ class Lengthy(FakeScorer):
         info = dataclasses.replace(
             scored.info,
             rewards=tuple(map(sum, zip(liked, overlong, strict=True))),
-            parts={"liked": liked, "overlong": overlong},
+            parts={"liked": liked, "tokens": tuple(map(float, range(n))), "overlong": overlong},
+            merits=liked,
         )
         return dataclasses.replace(scored, info=info)
 

@@ -521,19 +521,20 @@ def test_text_for_ptx_that_the_disk_does_not_take_is_told(tmp_path, monkeypatch)
 
 
 def test_the_average_is_that_of_the_paper_and_is_what_is_exported(
-    new_learner, make_groups, tmp_path
+    new_learner, make_groups, tmp_path, vectors
 ):
+    inputs, wanted = (vectors["ema_weights"][k] for k in ("inputs", "expected"))
     one = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
-        one.weight.fill_(1.0)
-    average = WeightAverage(one, 0.992)
+        one.weight.fill_(inputs["ema0"])
+    average = WeightAverage(one, inputs["decay"])
     seen = []
-    for value in (2.0, 3.0, 4.0):
+    for value in inputs["w"]:
         with torch.no_grad():
             one.weight.fill_(value)
         average.update()
         seen.append(average.weights["weight"].item())
-    assert seen == pytest.approx([1.008, 1.023936, 1.047744512]), "ema_weights, InstructGPT C.4"
+    assert seen == pytest.approx(wanted["ema"])
 
     learner = new_learner(ema=0.5)
     start = policy_of(learner)[0]
@@ -546,19 +547,24 @@ def test_the_average_is_that_of_the_paper_and_is_what_is_exported(
 
 
 @pytest.mark.parametrize("where", ["torch", "tf"])
-def test_epsilon_sits_where_it_is_said_to(where):
-    """adam_eps_placement (Huang et al. 2024): a constant gradient of 1e-4 and ε = 1e-5."""
-    wanted = {
-        "torch": [-0.000909090909090909, -0.0009090909090909031, -0.0009090909090909087],
-        "tf": [-0.00024025307335204222, -0.0003089636022024264, -0.00035377503132529763],
-    }[where]
+def test_epsilon_sits_where_it_is_said_to(where, vectors):
+    """A constant gradient (Huang et al. 2024)."""
+    inputs, expected = (vectors["adam_eps_placement"][k] for k in ("inputs", "expected"))
+    wanted = expected[f"{where}_updates"]
+    assert len(wanted) == inputs["steps"]
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     make = {"torch": torch.optim.AdamW, "tf": TFAdamW}[where]
-    optimizer = make([weight], lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    optimizer = make(
+        [weight],
+        lr=inputs["lr"],
+        betas=tuple(inputs["betas"]),
+        eps=inputs["eps"],
+        weight_decay=0.0,
+    )
     steps = []
     for _ in wanted:
         before = weight.item()
-        weight.grad = torch.full_like(weight, 1e-4)
+        weight.grad = torch.full_like(weight, inputs["grad_const"])
         optimizer.step()
         steps.append(weight.item() - before)
     assert steps == pytest.approx(wanted, rel=1e-9)
@@ -585,6 +591,13 @@ def test_tf_and_torch_agree_but_for_epsilon():
     "config, message",
     [
         ({"off_policy": {"anchor": "behaviour"}}, r"set learn\.off_policy\.weight=none"),
+        *(
+            (
+                {"objective": {"kind": "policy_gradient"}, "off_policy": off_policy},
+                r"takes no ratios.*set learn\.off_policy\.anchor=proximal, and .*weight=token",
+            )
+            for off_policy in ({"anchor": "behaviour"}, {"anchor": "behaviour", "weight": "none"})
+        ),
         ({"objective": {"kind": "sequence"}}, r"set learn\.objective\.aggregate=sequence"),
         ({"value": {"trunk": "shared"}}, r"set learn\.value\.start=policy"),
         ({"off_policy": {"floor": 3.0}}, r"floor=3.0 is above off_policy\.cap=2.0"),
@@ -596,6 +609,10 @@ def test_tf_and_torch_agree_but_for_epsilon():
         (
             {"advantage": {"kind": "group", "whiten_rewards": True}},
             r"set learn\.advantage\.whiten_rewards=false",
+        ),
+        (
+            {"advantage": {"kind": "returns", "whiten_rewards": True}},
+            r"kind=returns adds them up.*set learn\.advantage\.whiten_rewards=false",
         ),
         ({"kl": {"kind": "adaptive", "coef": 0}}, r"learn\.kl\.coef=0 stays 0"),
         ({"adam_betas": (0.9, 1.0)}, r"adam_betas=\(0\.9, 1\.0\): each keeps a share"),

@@ -89,10 +89,11 @@ def settings(draw: random.Random) -> dict[str, Any]:
         "micro_tokens": draw.choice([16, 64, 2048]),
     }
     advantage, off_policy, kl = found["advantage"], found["off_policy"], found["kl"]
-    if advantage["kind"] == "group":
-        advantage["whiten_rewards"] = False
-        if advantage["baseline"] == "none":
-            advantage["scale"] = "none"
+    advantage["whiten_rewards"] &= advantage["kind"] == "gae"
+    if advantage["kind"] == "group" and advantage["baseline"] == "none":
+        advantage["scale"] = "none"
+    if kind == "policy_gradient":
+        off_policy["anchor"] = "proximal"
     off_policy["reject"] &= off_policy["weight"] != "none"
     if kl["kind"] == "adaptive":
         kl["coef"] = 0.1

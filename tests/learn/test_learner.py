@@ -149,6 +149,18 @@ def test_each_age_is_held_against_the_objectives_own_bounds(
     assert found["offpolicy/clip_fraction/lag0"] == wanted
 
 
+@pytest.mark.parametrize(
+    ("kind", "there"),
+    [("clip", True), ("capped_weight", True), ("kl_penalty", False), ("policy_gradient", False)],
+)
+def test_only_an_objective_with_a_clip_tells_what_is_beyond_it(
+    new_learner, make_groups, kind, there
+):
+    metrics = new_learner(objective={"kind": kind}).learn(make_groups(seed=1)).metrics
+    assert ("offpolicy/clip_fraction/lag0" in metrics) == there
+    assert metrics["offpolicy/tokens/lag0"] > 0
+
+
 def test_the_learning_rate_is_that_of_the_step(new_learner, make_groups):
     learner = new_learner(total_steps=4, schedule="linear", warmup_steps=2)
     rates = [learner.learn(make_groups(seed=1)).metrics["learn/lr"] for _ in range(4)]
@@ -189,6 +201,20 @@ def test_a_gradient_that_is_not_finite_leaves_every_bit_as_it_was(
     report = learner.learn(make_groups(seed=3))
     assert (report.step, report.version, report.skipped) == (3, 2, False)
     assert report.metrics["learn/skipped_steps"] == 1 and not same(weights(learner), before)
+
+
+def test_a_policys_body_that_only_the_critic_moves_has_no_norm_and_is_looked_at_all_the_same(
+    new_learner, make_groups, monkeypatch
+):
+    value = {"trunk": "shared", "start": "policy", "warmup_steps": 2}
+    learner = new_learner(value=value)
+    assert learner.learn(make_groups(seed=1)).metrics["grad/norm"] == 0
+    with monkeypatch.context() as patch:
+        poison(learner, patch, times=1)
+        assert learner.learn(make_groups(seed=2)).skipped
+    assert learner.learn(make_groups(seed=3)).metrics["grad/norm"] > 0
+    apart = new_learner(value={"warmup_steps": 1})
+    assert apart.learn(make_groups(seed=1)).metrics["grad/norm"] == 0
 
 
 def test_a_batch_that_cannot_be_kept_does_not_end_the_run(

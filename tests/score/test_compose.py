@@ -67,6 +67,13 @@ def test_a_score_takes_the_place_of_the_sum_where_length_cut():
         ScoreConfig(missing_eos_penalty=-1.0, missing_eos_score=-1.0)
 
 
+def test_a_penalty_that_would_pay_for_being_cut_is_refused():
+    with pytest.raises(ValueError, match=r"penalty=0\.5 .* pay for being cut; .* -1\.0 say"):
+        ScoreConfig(missing_eos_penalty=0.5)
+    for penalty in (0.0, -0.5):
+        assert ScoreConfig(missing_eos_penalty=penalty).missing_eos_penalty == penalty
+
+
 def test_a_failed_part_fails_its_whole_group_and_no_other():
     rewards = [Fixed("a", [1.0], [1.0]), Fixed("b", ScoreFailed("b broke"), [2.0])]
     first, second = RewardSum(rewards, {"a": 1.0, "b": 0.0}).score([rollout("stop")] * 2)

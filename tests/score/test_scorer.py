@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from distrl.config import ScoreConfig
+from distrl.config import OverlongConfig, ScoreConfig
 from distrl.data.tokenizer import train_tokenizer
 from distrl.records import (
     GroupInfo,
@@ -34,7 +35,7 @@ class Slow:
         self.release = threading.Event()
         self.threads = set()
 
-    def scores(self, rollouts):
+    def scores(self, rollouts: Sequence[Rollout]) -> list[list[float] | ScoreFailed]:
         self.batches.append(len(rollouts))
         self.threads.add(threading.get_ident())
         time.sleep(self.seconds)
@@ -43,17 +44,27 @@ class Slow:
         return [[float(r.prompt.index)] * len(r.samples) for r in rollouts]
 
 
-def parcel(index=0) -> Parcel[GroupInfo]:
+class Lengths:
+    name = "lengths"
+
+    def scores(self, rollouts: Sequence[Rollout]) -> list[list[float] | ScoreFailed]:
+        return [[float(len(s.token_ids)) for s in r.samples] for r in rollouts]
+
+
+def parcel(index=0, lengths=(2, 2)) -> Parcel[GroupInfo]:
     ids = np.array([5, 1], np.int32)
-    sample = Sample(
-        text="t",
-        token_ids=ids,
-        logprobs=np.zeros(2, np.float32),
-        spans=(VersionSpan(version=0, start=0, end=2),),
-        finish_reason="stop",
+    samples = tuple(
+        Sample(
+            text="t",
+            token_ids=ids[:n],
+            logprobs=np.zeros(n, np.float32),
+            spans=(VersionSpan(version=0, start=0, end=n),),
+            finish_reason="stop",
+        )
+        for n in lengths
     )
     prompt = Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="say", token_ids=ids)
-    rollout = Rollout(prompt=prompt, samples=(sample, sample), generator="g")
+    rollout = Rollout(prompt=prompt, samples=samples, generator="g")
     return Parcel(info=GroupInfo.of(rollout, 0.5), payload=rollout)
 
 
@@ -73,6 +84,22 @@ async def test_requests_that_wait_share_the_next_batch_and_get_their_own_answers
     assert out[3].info.group == parcel(3).info and out[3].info.seconds > 0
     later = await made.score(parcel(30))
     assert later.info.rewards == (30.0, 30.0), "it works on after an idle time"
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.75])
+async def test_a_group_that_differs_by_the_penalty_of_length_alone_is_silent(weight):
+    """A part without weight is a metric: that it differs, as lengths do, is no signal."""
+    config = ScoreConfig(overlong=OverlongConfig(penalty=1.0, start=1, full=3))
+    rewards = RewardSum(
+        [Slow(), Lengths()], {"slow": 1.0, "lengths": weight}, overlong=config.overlong
+    )
+    made = LocalScorer(config, train_tokenizer(["a"], 280, 24), rewards=rewards)
+    info = (await made.score(parcel(7, (1, 2)))).info
+    assert info.parts["lengths"] == (1.0, 2.0) and info.parts["overlong"] == (0.0, -0.5)
+    assert info.merits == (7.0 + weight, 7.0 + 2 * weight)
+    assert info.silent == (weight == 0.0)
+    plain = await scorer(Slow()).score(parcel(7, (1, 2)))
+    assert plain.info.silent and plain.info.merits == (), "nothing is taken off there"
 
 
 async def test_the_event_loop_stays_free_while_a_batch_is_scored():

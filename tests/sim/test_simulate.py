@@ -143,7 +143,8 @@ def test_lengths_of_another_run_end_where_this_one_cuts(longest):
 
 
 def test_dynamic_sampling_has_nothing_to_drop_here():
-    outcome = simulate(config(driver={"skip_without_signal": True}))
+    group = {"advantage": {"kind": "group"}}
+    outcome = simulate(config(driver={"skip_without_signal": True}, learn=group))
     assert (outcome.steps, outcome.drops) == (12, 0)
 
 
