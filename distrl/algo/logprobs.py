@@ -263,8 +263,9 @@ class _HeadLogprobs(torch.autograd.Function):
         states_ND, weight_VD, bias_V, tokens_N, *found = ctx.saved_tensors
         sums = found[0].dtype  # a sum over blocks in half precision would lose digits
         grad_states_ND = torch.empty_like(states_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sums)
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=sums)
+        _, learns, shifts, *_ = ctx.needs_input_grad  # beside adapters the head learns nothing
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sums) if learns else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=sums) if shifts else None
         for start in range(0, len(tokens_N), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             known, slopes = _part(found, part), _part(grad_outputs, part)
@@ -273,11 +274,13 @@ class _HeadLogprobs(torch.autograd.Function):
             )
             _at_chosen(grad, tokens_N[part], known, slopes, ctx.temperature)
             grad_states_ND[part] = grad @ weight_VD
-            _add_product(grad_weight_VD, grad.T, states_ND[part])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, grad.T, states_ND[part])
             if grad_bias_V is not None:
                 grad_bias_V += grad.sum(0, dtype=sums)
-        grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        if bias_V is not None and grad_bias_V is not None:
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        if grad_bias_V is not None:
             grad_bias_V = grad_bias_V.to(bias_V.dtype)
         return grad_states_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None
 

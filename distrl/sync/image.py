@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from distrl.records import TensorInfo
-from distrl.sync.memory import DTYPES, hold
+from distrl.sync.memory import DTYPES, held, hold
 
 NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPES.items()}
 """From the safetensors name of a dtype to torch's."""
@@ -21,7 +21,7 @@ class Image:
     def __init__(self, path: str, version: int) -> None:
         """Raises OSError where the image is not there any more."""
         self._held = hold(path, version)
-        self._file = safe_open(path, framework="pt", device="cpu")
+        self._file = safe_open(held(self._held), framework="pt", device="cpu")
         self.infos = tuple(self._info(name) for name in self._file.offset_keys())
 
     def _info(self, name: str) -> TensorInfo:

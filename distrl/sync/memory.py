@@ -169,6 +169,12 @@ def hold(path: str, version: int) -> BinaryIO:
     return file
 
 
+def held(file: BinaryIO) -> str:
+    """A path in this process of what `hold` holds, and of nothing else: the publisher's own, which
+    it was opened by, may be a newer version's by now."""
+    return f"/proc/self/fd/{file.fileno()}"
+
+
 class Bystander:
     """What the other ranks of a learner publish with: it helps to gather, and keeps nothing."""
 

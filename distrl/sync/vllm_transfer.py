@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from distrl.sync.memory import hold
+from distrl.sync.memory import held, hold
 
 
 @dataclass
@@ -82,11 +82,10 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInitInfo, SharedMemoryUpdate])
         Raises OSError where the image is not there any more, and ValueError where it is not as
         large as was announced.
         """
-        path = update_info.path
-        self._held = hold(path, update_info.version)
+        self._held = hold(update_info.path, update_info.version)
         if (nbytes := _nbytes(self._held)) != update_info.nbytes:
             raise ValueError(f"{nbytes} bytes of weights where {update_info.nbytes} were sent")
-        with safe_open(path, framework="pt", device=str(self.device)) as image:
+        with safe_open(held(self._held), framework="pt", device=str(self.device)) as image:
             names = image.keys()
             cast(Any, self.model).load_weights((name, image.get_tensor(name)) for name in names)
 

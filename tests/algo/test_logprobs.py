@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Categorical
 
 from distrl.algo import head_logprobs, token_logprobs
+from distrl.algo import logprobs as logprobs_module
 
 
 def sample(B=3, T=5, V=11, seed=0):
@@ -173,3 +174,28 @@ def test_a_heads_gradient_keeps_its_digits_over_many_blocks():
         assert mine.grad is not None and wanted.grad is not None
         assert mine.grad.dtype == torch.bfloat16
         assert (mine.grad - wanted.grad).norm() < 5e-3 * wanted.grad.norm()
+
+
+@pytest.mark.parametrize(("head", "bias"), [(False, False), (False, True), (True, False)])
+def test_a_head_that_learns_nothing_costs_nothing_on_the_way_back(monkeypatch, close, head, bias):
+    """Beside adapters it is frozen: no sum as large as it is, and no product for it."""
+    products = []
+    add = logprobs_module._add_product
+    monkeypatch.setattr(
+        logprobs_module, "_add_product", lambda *parts: (products.append(1), add(*parts))
+    )
+    states, weight, extra = torch.randn(6, 3), torch.randn(5, 3), torch.randn(5)
+    tokens = torch.tensor([0, 4, 2, 2, 1, 3])
+    for leaf, learns in ((states, True), (weight, head), (extra, bias)):
+        leaf.requires_grad_(learns)
+    head_logprobs(states, weight, tokens, bias_V=extra, chunk=2)[0].sum().backward()
+    assert len(products) == (3 if head else 0)
+
+    mine = [leaf.grad for leaf in (states, weight, extra)]
+    states.grad = weight.grad = extra.grad = None
+    logits = torch.nn.functional.linear(states, weight, extra)
+    token_logprobs(logits[None], tokens[None])[0].sum().backward()
+    for found, leaf in zip(mine, (states, weight, extra), strict=True):
+        assert (found is None) == (leaf.grad is None)
+        if found is not None:
+            close(found, leaf.grad)

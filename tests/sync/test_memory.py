@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file
 from distrl.models import load_policy
 from distrl.models.crew import Crew
 from distrl.sync.canary import probe_ids, probe_logprobs, publish, publish_model
+from distrl.sync.image import Image
 from distrl.sync.memory import (
     KEPT_VERSIONS,
     NonFiniteWeights,
@@ -166,6 +167,21 @@ def test_the_oldest_version_is_written_over_unless_it_is_held(publisher):
         fifth, _ = publisher.publish(tensors(4), version=4)
         assert torch.equal(load(held.read())["float32"], tensors(2)["float32"])
         assert torch.equal(load_file(fifth)["float32"], tensors(4)["float32"])
+
+
+def test_an_image_is_of_what_it_holds_whatever_its_path_leads_to_by_now(publisher, monkeypatch):
+    """The publisher opens another version, of the same number, between the hold and the reading."""
+    path, _ = publisher.publish(tensors(1), version=1)
+    publisher.publish(tensors(2), version=2)
+
+    def late(*words):
+        file = hold(*words)
+        assert publisher.publish(tensors(3), version=3)[0] == path
+        return file
+
+    monkeypatch.setattr("distrl.sync.image.hold", late)
+    read = dict(Image(path, 1).tensors(torch.device("cpu")))
+    assert torch.equal(read["float32"], tensors(1)["float32"])
 
 
 def test_a_smaller_version_leaves_nothing_of_a_larger_one(publisher):
