@@ -230,6 +230,8 @@ class LearnerActor:
 
         self.switchboard = Switchboard()
         self.learner = PolicyLearner(replace(self.spec, place=place))
+        if self.spec.config.compile:
+            self.learner.compile_probe()
         keep_to(self.cores)
 
     def learn(

@@ -347,6 +347,11 @@ class PolicyLearner:
             together=self.ranks.crew.together,
         )
 
+    def compile_probe(self) -> None:
+        """Read the probe, so that what is compiled for it is so before a publication is waited
+        for (`sync.timeout_s`): that takes a minute or two on a busy machine."""
+        self._read_probe(probe_ids(len(self.tokenizer), self.spec.canary_tokens))
+
     @torch.no_grad()
     def _read_probe(self, probe: Int32s) -> Float32s:
         """[K-1]: log p(probe[1:]), nats, at temperature 1."""

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distrl.actors.workers import LearnerActor
 from distrl.algo import largest_gain
 from distrl.learn.experience import to_experience
 from distrl.learn.learner import PolicyLearner
@@ -483,6 +485,22 @@ def test_compiled_layers_come_to_the_same(new_learner, make_groups):
         eager.publish().probe_logprobs, abs=1e-5
     )
     assert compiled.policy.state_dict().keys() == eager.policy.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_kernel")
+def test_a_publication_waits_for_no_compiler(new_learner):
+    """Which takes longer than `sync.timeout_s` on a busy machine: it is done as the actor comes
+    up."""
+    actor = object.__new__(LearnerActor)  # whose own beginning takes this process's output
+    actor.spec, actor.cores = new_learner(compile=True).spec, None
+    actor.begin(None)
+    try:
+        compiled = counters["stats"]["unique_graphs"]
+        actor.publish()
+        assert 0 < compiled == counters["stats"]["unique_graphs"]
+    finally:
+        actor.learner.close()
 
 
 def test_packing_changes_the_pads_and_nothing_else(new_learner, make_groups):
