@@ -1,0 +1,76 @@
+"""What the benchmarks read of a run, and which run that is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distrl.driver.ledger import FileLedger, Step
+from distrl.driver.ledger_file import LedgerFile
+from distrl.records import GroupInfo, Prompt, ScoredInfo, VersionSpan
+
+LAG0 = "mismatch/lag0_abs_mean"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmark(name)`: a module of benchmarks/, which are scripts beside each other."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return import_module(name)
+
+    return load
+
+
+def told(ledger: FileLedger, index: int, reward: float) -> None:
+    """A group of two samples of 3 tokens, from its prompt to the buffer."""
+    ids = np.zeros(2, np.int32)
+    ledger.issued(Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="", token_ids=ids))
+    group = GroupInfo(
+        index=index, prompt_id=f"p{index}", generator="g0", lengths=(3, 3),
+        spans=((VersionSpan(version=0, start=0, end=3),),) * 2, finish_reasons=("stop",) * 2,
+        nbytes=8, seconds=0.1, seed=0,
+    )  # fmt: skip
+    ledger.generated(group)
+    ledger.scored(ScoredInfo(group=group, rewards=(reward, reward), seconds=0.1, scorer="s0"))
+    ledger.admitted(index)
+
+
+def resumed(run: Path) -> Path:
+    """A run of three steps of a group, each after one that is dropped; after the second it died,
+    its checkpoint was of the first, and what it did beyond had rewards of -9."""
+    run.mkdir()
+    path = run / "ledger.sqlite"
+    for first, last, dropped in ((1, 2, -9.0), (2, 3, 0.0)):
+        cursor = 2 * (first - 1)
+        ledger = FileLedger(LedgerFile(path, step=first - 1, cursor=cursor), time.monotonic)
+        for step in range(first, last + 1):
+            told(ledger, 2 * step - 2, 0.0 if step == 1 else dropped)
+            ledger.dropped(2 * step - 2, "no signal")
+            told(ledger, 2 * step - 1, 1.0)
+            done = Step(number=step, version=step - 1, version_after=step, bound=1)
+            ledger.trained(done, [2 * step - 1], [0])
+            if step == 1:
+                ledger.committed(1, 2)
+        asyncio.run(ledger.flush())
+        ledger.close()
+    rows = [{"step": n, "reward/mean": 1.0, "samples/total": 2 * n} for n in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return run
+
+
+def test_the_ledger_of_a_resumed_run_is_told_once(benchmark: Any, tmp_path: Path) -> None:
+    cost = benchmark("ledger_cost")
+    story = cost._story(resumed(tmp_path / "run") / "ledger.sqlite")
+    assert [words[0] for _, what, words in story if what == "trained"] == [1, 2, 3]
+    assert [words[0] for _, what, words in story if what == "admitted"] == [1, 3, 5]
+    assert cost._retell(story)[0] > 0
