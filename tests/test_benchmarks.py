@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -74,3 +75,23 @@ def test_the_ledger_of_a_resumed_run_is_told_once(benchmark: Any, tmp_path: Path
     assert [words[0] for _, what, words in story if what == "trained"] == [1, 2, 3]
     assert [words[0] for _, what, words in story if what == "admitted"] == [1, 3, 5]
     assert cost._retell(story)[0] > 0
+
+
+def test_rewards_of_dynamic_sampling_are_those_of_replaced_groups_too(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sampling, run = benchmark("dynamic_sampling"), resumed(tmp_path / "run")
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(sys, "argv", ["dynamic_sampling.py", "--seeds", "1"])
+    monkeypatch.setattr(sampling, "train_on", lambda *_, **__: run)
+    monkeypatch.setattr(sampling, "plot_rewards", lambda path, runs, title: drawn.update(runs))
+    monkeypatch.setattr(sampling, "report", lambda *_: None)
+    monkeypatch.setattr(sampling, "_silent", lambda _: 0.0)
+    monkeypatch.setattr(sampling, "total", lambda *_: 0.0)
+    whole = [{**row, "driver/drops": 3} for row in sampling.metrics(run)]
+    monkeypatch.setattr(sampling, "metrics", lambda _: whole)
+    sampling.main()
+    for (curve,) in drawn.values():
+        assert [row["reward/mean"] for row in curve] == [0.5] * 3
+        assert [row["samples/total"] for row in curve] == [2, 4, 6]
+    assert drawn.keys() == {"with", "without"} and sampling._reward(run) == 0.5
