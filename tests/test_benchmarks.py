@@ -95,3 +95,38 @@ def test_rewards_of_dynamic_sampling_are_those_of_replaced_groups_too(
         assert [row["reward/mean"] for row in curve] == [0.5] * 3
         assert [row["samples/total"] for row in curve] == [2, 4, 6]
     assert drawn.keys() == {"with", "without"} and sampling._reward(run) == 0.5
+
+
+def test_a_run_from_other_weights_is_made_anew(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common, made = benchmark("common"), []
+
+    def distrl(*words: str) -> None:
+        (tmp_path / "runs" / words[-1]).mkdir(parents=True, exist_ok=True)
+        made.append(words[-1])
+
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "distrl", distrl)
+    source = tmp_path / "demo"
+    for stage in ("sft/policy", "reward-model/model"):
+        (source / stage).mkdir(parents=True)
+        (source / stage / "model.safetensors").write_bytes(b"first")
+    for _ in range(2):
+        common.train_on(source, steps=2)
+    assert made == ["benchmark-staleness-1-0"]
+    (source / "reward-model" / "model" / "model.safetensors").write_bytes(b"other")
+    for _ in range(2):
+        common.train_on(source, steps=2)
+    assert made == ["benchmark-staleness-1-0"] * 2
+
+
+def test_times_are_of_runs_that_no_other_benchmark_made(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    against, labels = benchmark("async_vs_sync"), []
+    monkeypatch.setattr(against, "metrics", lambda _: [{}] * 3)
+    monkeypatch.setattr(against, "train_on", lambda *_, label=None, **__: labels.append(label))
+    for staleness in (0, 1):
+        against._run(tmp_path, 3, 0, staleness=staleness)
+    assert labels == ["async-vs-sync-0", "async-vs-sync-1"]
