@@ -130,3 +130,30 @@ def test_times_are_of_runs_that_no_other_benchmark_made(
     for staleness in (0, 1):
         against._run(tmp_path, 3, 0, staleness=staleness)
     assert labels == ["async-vs-sync-0", "async-vs-sync-1"]
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2"])
+def test_a_mismatch_that_nobody_measured_is_not_a_small_one(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    module = benchmark(name)
+    run = tmp_path / "runs" / "benchmark-demo-0"
+    (run / "reward-model").mkdir(parents=True)
+    number = {"value": 9.0, "low": 9.0, "high": 9.0}
+    measures = {"kl": {"after": number}, "judge": {"change": number}}
+    (run / "evaluation.json").write_text(json.dumps({"gain": number, "measures": measures}))
+    held_out = {"accuracy": {"0.5": number, "2": number}}
+    (run / "reward-model" / "report.json").write_text(json.dumps({"held_out": held_out}))
+    row = {"reward/mean": 0.0, "kl/ref": 0.0, "staleness/max": 0, "time/step": 1.0}
+    rows, figures = [row, row], {}
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "distrl", lambda *_: None)
+    monkeypatch.setattr(module, "metrics", lambda _: rows)
+    monkeypatch.setattr(module, "report", lambda title, seen, again: figures.update(seen))
+    with pytest.raises(KeyError, match=f"no row of the run has {LAG0}"):
+        module.main()
+    rows[1] = row | {LAG0: 3e-5}
+    module.main()
+    ((label, shown),) = [(k, v) for k, v in figures.items() if "lag-0" in k]
+    assert "mean over a step's tokens, largest of 2 steps" in label and "3.0e-05" in shown
