@@ -157,3 +157,11 @@ def test_a_mismatch_that_nobody_measured_is_not_a_small_one(
     module.main()
     ((label, shown),) = [(k, v) for k, v in figures.items() if "lag-0" in k]
     assert "mean over a step's tokens, largest of 2 steps" in label and "3.0e-05" in shown
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(0.86, "ok 0.86"), (1.14, "ok 1.14"), (0.84, "MISS 0.84"), (1.16, "MISS 1.16")],
+)
+def test_the_simulator_is_held_to_its_threshold(benchmark: Any, ratio: float, said: str) -> None:
+    assert benchmark("simulator_accuracy")._told(ratio) == said
