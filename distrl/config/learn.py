@@ -309,7 +309,11 @@ class LearnConfig(Section):
         description="weights, gradients and moments wait in the CPU's memory (GPUs only)",
     )
     lr: float = Field(default=3e-4, gt=0, description="policy's peak learning rate")
-    critic_lr: float = Field(default=6e-4, gt=0, description="critic's peak learning rate")
+    critic_lr: float = Field(
+        default=6e-4,
+        gt=0,
+        description="critic's peak learning rate; not used with learn.value.trunk=shared",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="course of both learning rates after the warm-up"
     )

@@ -135,7 +135,10 @@ class RewardModelConfig(Section):
     epochs: int = Field(default=2, ge=1, description="passes over the comparisons")
     lr: float = Field(default=5e-4, gt=0, description="peak learning rate (cosine to 10 %)")
     group: int = Field(
-        default=8, ge=2, description="responses compared with each other in one batch element"
+        default=8,
+        ge=2,
+        description="responses compared with each other in one batch element (reviews only; in "
+        "files each row is a group)",
     )
     groups_per_step: int = Field(default=4, ge=1, description="batch elements of an optimizer step")
     margin: float = Field(
