@@ -53,8 +53,11 @@ def main() -> None:
 
 
 def _run(source: Path, steps: int, seed: int, *, staleness: int) -> list[dict[str, float]]:
-    """One training run from the finished stages of `source`; its rows after the warm-up."""
-    return metrics(train_on(source, steps=steps, staleness=staleness, seed=seed))[WARM_UP:]
+    """One training run from the finished stages of `source`; its rows after the warm-up. Times are
+    compared, so it shares no run with other benchmarks, which may be of another day."""
+    label = f"async-vs-sync-{staleness}"
+    run = train_on(source, steps=steps, staleness=staleness, seed=seed, label=label)
+    return metrics(run)[WARM_UP:]
 
 
 def _final_reward(rows: list[dict[str, float]]) -> float:

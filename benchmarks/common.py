@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -54,8 +55,8 @@ def train_on(
     the finished stages of run `source`, with further `words`; the new run's directory, named by
     `label` (by its staleness where there is none).
 
-    A run that has ended with the same words serves again, for benchmarks share what they
-    look at; remove its directory to have it done anew.
+    A run that has ended with the same words, from the same weights, serves again, for benchmarks
+    share what they look at; remove its directory to have it done anew.
     """
     label = label or f"staleness-{staleness}"
     trained = json.dumps([{"name": "human", "model": str(source / "reward-model" / "model")}])
@@ -70,13 +71,23 @@ def train_on(
     ]  # fmt: skip
     run = ROOT / "runs" / f"benchmark-{label}-{seed}"
     note = run / "benchmark.json"
-    if note.exists() and json.loads(note.read_text()) == words:
+    told = {"words": words, "start": fingerprint(source)}
+    if note.exists() and json.loads(note.read_text()) == told:
         print(f"{run} is there: not run again", flush=True)
         return run
     note.unlink(missing_ok=True)  # or it would speak for a run that is cut short now
     distrl(*words, "--run.name", run.name)
-    note.write_text(json.dumps(words))
+    note.write_text(json.dumps(told))
     return run
+
+
+def fingerprint(source: Path) -> str:
+    """Of the weights in the finished stages of a run."""
+    found = hashlib.sha256()
+    for stage in ("sft/policy", "reward-model/model"):
+        for file in sorted((source / stage).glob("*.safetensors")):
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -94,6 +105,14 @@ def apart(work: Callable[..., Any], *words: Any) -> Any:
 
 def total(rows: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows)
+
+
+def largest(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Of the rows that have it. Raises KeyError where none has."""
+    found = [row[name] for row in rows if name in row]
+    if not found:
+        raise KeyError(f"no row of the run has {name}; is it of an older distrl? Run it anew")
+    return max(found)
 
 
 def plot_rewards(

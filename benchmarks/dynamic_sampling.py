@@ -1,6 +1,6 @@
 """DAPO's dynamic sampling on a reward of 0 or 1, where many groups have nothing to teach.
 
-    python benchmarks/dynamic_sampling.py --from runs/demo [--steps 30] [--seeds 2]
+    python benchmarks/dynamic_sampling.py --from runs/demo [--steps 20] [--seeds 2]
 
 The reward is 1 where VADER finds a continuation clearly positive (compound 0.5 or more), else 0.
 Groups of four under DAPO's loss, with `driver.skip_without_signal` (a group of four equal rewards
@@ -58,7 +58,8 @@ def main() -> None:
     ahead = [a - b for a, b in zip(areas["with"], areas["without"], strict=True)]
     silent = {name: [_silent(run) for run in those] for name, those in runs.items()}
     picture = ROOT / "runs" / "dynamic_sampling.png"
-    plot_rewards(picture, rows, "dynamic sampling")
+    curves = {name: [_rewards(run) for run in those] for name, those in runs.items()}
+    plot_rewards(picture, curves, "all groups, dynamic sampling")
     report(
         "Dynamic sampling on a reward of 0 or 1",
         {
@@ -87,11 +88,31 @@ def _ok(shares: list[float]) -> str:
     return f"{ok(max(shares) == 0)} {max(shares):.3f}"
 
 
+def _rewards(run: Path) -> list[dict[str, float]]:
+    """The run's rows, each with the mean reward of all groups up to its step's last one, beyond
+    the step's before: replaced ones too."""
+    with open_to_read(run / "ledger.sqlite") as db:
+        lasts = dict(
+            db.execute("SELECT step, max(idx) FROM trainings WHERE undone IS NULL GROUP BY step")
+        )
+        means = {
+            step: db.execute(
+                "SELECT avg(s.reward) FROM samples s JOIN attempts a ON a.idx = s.idx AND "
+                "a.attempt = s.attempt WHERE a.undone IS NULL AND s.idx > ? AND s.idx <= ?",
+                (lasts.get(step - 1, -1), last),
+            ).fetchone()[0]
+            for step, last in lasts.items()
+        }
+    return [{**row, "reward/mean": means[row["step"]]} for row in metrics(run)]
+
+
 def _reward(run: Path, after: float = 0.0) -> float:
     """The mean of all samples that came after a share of the run's prompts."""
     with open_to_read(run / "ledger.sqlite") as db:
         (mean,) = db.execute(
-            "SELECT avg(reward) FROM samples WHERE idx >= ? * (SELECT max(idx) FROM samples)",
+            "SELECT avg(s.reward) FROM samples s JOIN attempts a ON a.idx = s.idx AND "
+            "a.attempt = s.attempt WHERE a.undone IS NULL AND "
+            "s.idx >= ? * (SELECT max(idx) FROM samples)",
             (after,),
         ).fetchone()
     return mean

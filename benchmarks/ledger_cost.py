@@ -54,18 +54,22 @@ Event = tuple[float, str, tuple[Any, ...]]
 
 
 def _story(path: Path) -> list[Event]:
-    """What the driver told the ledger, and when (s since 1970), in order."""
+    """What the driver told the ledger, and when (s since 1970), in order; of what a resume rolled
+    back nothing, for it was told once more."""
     with open_to_read(path) as db:
         db.row_factory = sqlite3.Row
         samples = defaultdict(list)
         for row in db.execute("SELECT * FROM samples ORDER BY idx, attempt, sample"):
             samples[row["idx"], row["attempt"]].append(row)
         events: list[Event] = []
-        for row in db.execute("SELECT * FROM attempts WHERE ended = 'trained'"):
+        for row in db.execute("SELECT * FROM attempts WHERE ended = 'trained' AND undone IS NULL"):
             events += _of_attempt(row, samples[row["idx"], row["attempt"]])
-        steps = list(db.execute("SELECT step, learned_s FROM steps ORDER BY step"))
+        live = "SELECT step, learned_s FROM steps WHERE undone IS NULL ORDER BY step"
+        steps = list(db.execute(live))
         for step in steps:
-            members = db.execute("SELECT idx FROM trainings WHERE step = ?", (step["step"],))
+            members = db.execute(
+                "SELECT idx FROM trainings WHERE undone IS NULL AND step = ?", (step["step"],)
+            )
             indices = tuple(row["idx"] for row in members)
             events.append((step["learned_s"], "trained", (step["step"], indices)))
     return sorted(events, key=lambda event: event[0])

@@ -15,7 +15,6 @@ deviation of the SFT policy's scores (mean of the last ten steps, mean of the se
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, apart, metrics, plot_rewards, report, spread, train_on
+from common import ROOT, apart, fingerprint, metrics, plot_rewards, report, spread, train_on
 from peer_trl import CORES, WORKER, trl_environment
 from scipy import stats
 
@@ -104,7 +103,7 @@ def _trl(
 ) -> list[dict[str, Any]]:
     """TRL's steps, under our names. A run from the same weights that has ended serves again."""
     kept = ROOT / "runs" / f"benchmark-peer-trl-reward-{seed}" / f"trl-{steps}.json"
-    start = _fingerprint(source)
+    start = fingerprint(source)
     if not kept.exists() or json.loads(kept.read_text()).get("start") != start:
         job = folder / "job.json"
         job.write_text(
@@ -134,15 +133,6 @@ def _trl(
         {"samples/total": BATCH * (place + 1), "reward/mean": score, "kl/ref": kl}
         for place, (score, kl) in enumerate(zip(said["scores"], said["kl"], strict=True))
     ]
-
-
-def _fingerprint(source: Path) -> str:
-    """Of the weights that both sides start from."""
-    found = hashlib.sha256()
-    for stage in ("sft/policy", "reward-model/model"):
-        for file in sorted((source / stage).glob("*.safetensors")):
-            found.update(file.read_bytes())
-    return found.hexdigest()
 
 
 def _final(rows: list[dict[str, Any]], name: str) -> float:

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, metrics, report, total, train_on
+from common import ROOT, metrics, ok, report, total, train_on
 
 from distrl.checkpoint import RunDir
 from distrl.cli.options import merged, validated
@@ -23,6 +23,7 @@ from distrl.sim.fit import WARM_UP, fitted
 from distrl.sim.simulate import simulate
 
 BOUNDS = (0, 1, 4)
+WITHIN = 0.15
 
 
 def main() -> None:
@@ -38,14 +39,19 @@ def main() -> None:
         rate = _rate(metrics(run)[WARM_UP:])
         own, other = _predicted(run, bound), _predicted(runs[1], bound)
         figures[f"max_staleness {bound}"] = (
-            f"measured {rate:.1f} samples/s; from itself {own / rate:.2f}, "
-            f"from max_staleness 1 {other / rate:.2f} of that"
+            f"measured {rate:.1f} samples/s; from itself {_told(own / rate)}, "
+            f"from max_staleness 1 {_told(other / rate)} of that"
         )
     report(
         "Simulator against real runs",
         figures,
         f"python benchmarks/simulator_accuracy.py --steps {options.steps}",
     )
+
+
+def _told(ratio: float) -> str:
+    """What was predicted over what was measured, against the threshold."""
+    return f"{ok(abs(ratio - 1) <= WITHIN).strip()} {ratio:.2f}"
 
 
 def _predicted(source: Path, bound: int) -> float:

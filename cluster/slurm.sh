@@ -8,7 +8,7 @@
 #SBATCH --output=distrl-%j.log
 set -euo pipefail
 
-[[ $# -gt 0 ]] || { echo "usage: sbatch slurm.sh train --preset NAME ..." >&2; exit 2; }
+[[ $# -gt 0 ]] || { echo "usage: sbatch cluster/slurm.sh train --preset NAME ..." >&2; exit 2; }
 [[ -x .venv/bin/distrl ]] || { echo "submit it from the repository, after make setup" >&2; exit 2; }
 PATH="$PWD/.venv/bin:$PATH"
 

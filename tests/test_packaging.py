@@ -149,3 +149,13 @@ def test_presets_are_there() -> None:
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_preset_is_a_valid_configuration(path: Path) -> None:
     Config.model_validate(read_yaml(path))
+
+
+def test_the_clusters_commands_are_those_of_their_files() -> None:
+    """Given from the repository's root, where `.venv` is."""
+    table = (ROOT / "cluster" / "README.md").read_text().partition("## With a tool")[2]
+    commands = re.findall(r"^\| `(\S+)` .*`((?:ray|kubectl|sbatch) [^`]*)` ?", table, re.MULTILINE)
+    assert [file for file, _ in commands] == ["ray-cluster.yaml", "kuberay.yaml", "slurm.sh"]
+    for file, command in commands:
+        head = "\n".join((ROOT / "cluster" / file).read_text().splitlines()[:9])
+        assert f"cluster/{file}" in command.split() and command in head

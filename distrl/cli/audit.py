@@ -32,7 +32,7 @@ def run(about: str, argv: list[str]) -> int:
     options = parser.parse_args(argv)
     directory = RunDir(options.run)
     newest = newest_state(directory)
-    report = audit(directory.ledger, directory.metrics, newest.get("ledger"))
+    report = audit(directory.ledger, directory.metrics, newest.get("ledger"), newest.get("step", 0))
     if options.json:
         print(json.dumps(_as_json(report), indent=1))
     else:

@@ -171,16 +171,19 @@ def train(options: Options, directory: RunDir) -> Summary:
         check_origin(newest, origin)
     if config.learn.pretrain.coef:
         write_pretrain(config, policy, directory.pretrain)
-    rewind_run(directory.path, newest.step if newest else 0)
     if newest is None:  # of a life before the first checkpoint
         shutil.rmtree(directory.recording, ignore_errors=True)
     if newest is not None:
         print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
-    with contextlib.closing(open_ledger(config, directory, newest)) as ledger, connected(config):
-        work = _train(
-            config, directory, checkpoints, newest, source, policy, reward_model, ledger, origin
-        )
-        return asyncio.run(_interrupted_by_term(work))
+    with contextlib.closing(open_ledger(config, directory, newest)) as ledger:
+        # After the ledger, which may refuse. A run that is killed between the two has rows without
+        # a step, which are open; many steps without a row would be a breach (`driver/audit.py`).
+        rewind_run(directory.path, newest.step if newest else 0)
+        with connected(config):
+            work = _train(
+                config, directory, checkpoints, newest, source, policy, reward_model, ledger, origin
+            )
+            return asyncio.run(_interrupted_by_term(work))
 
 
 def checkpoint_bytes(config: Config, policy: Path, reward_model: Path | None) -> int:

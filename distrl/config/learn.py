@@ -330,7 +330,8 @@ class LearnConfig(Section):
     critic_lr: float = Field(
         default=6e-4,
         gt=0,
-        description="critic's peak learning rate; with model.path, 5e-6 unless set",
+        description="critic's peak learning rate, not used with learn.value.trunk=shared; with "
+        "model.path, 5e-6 unless set",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="course of both learning rates after the warm-up"

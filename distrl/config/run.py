@@ -50,7 +50,10 @@ class DriverConfig(Section):
     )
     attempts: int = Field(default=3, ge=1, description="tries of a group before it is dropped")
     max_restarts: int = Field(
-        default=3, ge=0, description="restarts of each worker before the run stops"
+        default=3,
+        ge=0,
+        description="restarts of each worker before it is given up; the run goes on with the "
+        "others, and ends when all of a role are gone",
     )
     buffer_mib: float = Field(
         default=256, gt=0, description="scored groups kept for the learner, in MiB"

@@ -143,7 +143,10 @@ class RewardModelConfig(Section):
         description="peak learning rate (cosine to 10 %); with model.path, 3e-5 unless set",
     )
     group: int = Field(
-        default=8, ge=2, description="responses compared with each other in one batch element"
+        default=8,
+        ge=2,
+        description="responses compared with each other in one batch element (reviews only; in "
+        "files each row is a group)",
     )
     groups_per_step: int = Field(default=4, ge=1, description="batch elements of an optimizer step")
     margin: float = Field(

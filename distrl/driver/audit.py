@@ -21,6 +21,10 @@ from distrl.driver.ledger import spans_of
 from distrl.driver.ledger_file import LedgerError, open_to_read, read_meta
 from distrl.metrics.jsonl import whole_lines
 
+WITHOUT_ROW = 2
+"""So many steps at most are in the ledger before they have their rows: the newest, and the one
+before it, whose weights the generators load while the newest is learned."""
+
 SAME_LENGTHS_P = 0.001
 """Smaller chances than this of seeing such lengths, were those trained drawn from those issued,
 count as a bias."""
@@ -67,31 +71,34 @@ class Audit:
         return all(finding.holds for finding in self.findings)
 
 
-def audit(ledger: Path, metrics: Path, run_id: str | None = None) -> Audit:
+def audit(ledger: Path, metrics: Path, run_id: str | None = None, committed: int = 0) -> Audit:
     """Audit a run by its `ledger.sqlite` and `metrics.jsonl`.
 
-    `run_id` is what a checkpoint of the run says of its ledger, where there is one. Raises
-    LedgerError where the ledger is missing, damaged, of a newer schema or of another run.
+    `run_id` is what a checkpoint of the run says of its ledger, where there is one, and `committed`
+    the step of the newest. The run may be alive: all is read of one moment. Raises LedgerError
+    where the ledger is missing, damaged, of a newer schema or of another run.
     """
     with open_to_read(ledger) as db:
+        db.execute("BEGIN")  # from its first read to the end, what others write is not seen
         mine = read_meta(db).get("run_id")
         if run_id is not None and mine != run_id:
             raise LedgerError(
                 f"{ledger} is of another run ({mine}) than the checkpoints beside it ({run_id})"
             )
         try:
-            return _audit(db, metrics)
+            return _audit(db, metrics, committed)
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{ledger} is damaged ({error}); restore it from a copy") from None
 
 
-def _audit(db: sqlite3.Connection, metrics: Path) -> Audit:
+def _audit(db: sqlite3.Connection, metrics: Path, committed: int) -> Audit:
+    rows = metrics_complete(db, metrics, committed)  # first: a run that is alive writes more
     findings = (
         exactly_once(db),
         one_gradient(db),
         young_enough(db),
         versions_ascend(db),
-        metrics_complete(db, metrics),
+        rows,
         no_bias_by_length(db),
     )
     return Audit(
@@ -222,27 +229,57 @@ def versions_ascend(db: sqlite3.Connection) -> Finding:
     )
 
 
-def metrics_complete(db: sqlite3.Connection, metrics: Path) -> Finding:
-    """`metrics.jsonl` has each learner step of the ledger once, in order, and no other."""
+def metrics_complete(db: sqlite3.Connection, metrics: Path, committed: int) -> Finding:
+    """`metrics.jsonl` has each learner step of the ledger once, in order, and no other.
+
+    Up to the newest checkpoint this holds at any moment: it is committed when the rows before it
+    are there and the ledger is written. Beyond it, the end of a run that is alive, or did not end
+    well, may be on one side alone, and is told as open: steps that have no row yet (`WITHOUT_ROW`),
+    or rows since the ledger was written last, as many as there are steps in a second. A driver
+    that has ended wrote all that it knew, so then no row is without its step.
+    """
     taken = [r[0] for r in db.execute("SELECT step FROM steps WHERE undone IS NULL ORDER BY step")]
-    logged, wrong = _steps_logged(metrics)
+    logged, wrong = _steps_logged(metrics, needed=bool(taken))
+    last, committed = max(taken, default=0), max(committed, _committed(db))
+    rowless = {s for s in taken if s > max(logged, default=0) and s > last - WITHOUT_ROW}
+    unwritten = set() if _ended(db) else {s for s in logged if s > last}
+    rowless, unwritten = ({s for s in some if s > committed} for some in (rowless, unwritten))
+    known = {*taken, *unwritten}
     wrong += [f"step {step} is in metrics.jsonl {n} times" for step, n in _doubled(logged)]
     wrong += [f"step {step} is in the ledger {n} times" for step, n in _doubled(taken)]
     wrong += [f"step {b} follows step {a} in metrics.jsonl" for a, b in pairwise(logged) if b < a]
-    wrong += [f"step {step} is not in metrics.jsonl" for step in sorted({*taken} - {*logged})]
-    wrong += [f"step {step} is not in the ledger" for step in sorted({*logged} - {*taken})]
-    last = max(taken, default=0)
-    wrong += [f"step {step} was never taken" for step in sorted({*range(1, last + 1)} - {*taken})]
+    wrong += [f"step {s} is not in metrics.jsonl" for s in sorted({*taken} - {*logged} - rowless)]
+    wrong += [f"step {step} is not in the ledger" for step in sorted({*logged} - known)]
+    until = max(known, default=0) + 1
+    wrong += [f"step {step} was never taken" for step in sorted({*range(1, until)} - known)]
+    told = [f"step {step} is still open: it has no row yet" for step in sorted(rowless)]
+    told += [
+        f"step {step} is still open: the ledger was not written since" for step in sorted(unwritten)
+    ]
     return Finding(
         promise="metrics.jsonl has every learner step once, without a gap",
-        seen=f"{len(logged):,} rows",
+        seen="; ".join([f"{len(logged):,} rows", *told]),
         offenders=tuple(wrong),
     )
 
 
-def _steps_logged(metrics: Path) -> tuple[list[int], list[str]]:
+def _committed(db: sqlite3.Connection) -> int:
+    """The step of the newest checkpoint that the ledger knows of."""
+    found = db.execute("SELECT max(step) FROM checkpoints WHERE undone IS NULL").fetchone()[0]
+    return found or 0
+
+
+def _ended(db: sqlite3.Connection) -> bool:
+    """Whether the newest driver has said that it ended; one that was killed has not."""
+    newest = db.execute("SELECT ended FROM runs ORDER BY fence DESC LIMIT 1").fetchone()
+    return newest is not None and newest[0] is not None
+
+
+def _steps_logged(metrics: Path, *, needed: bool) -> tuple[list[int], list[str]]:
+    """The steps of the rows, and what is wrong with the file. It is made after the actors, and
+    before any step is taken (`needed`)."""
     if not metrics.exists():
-        return [], [f"there is no {metrics.name}"]
+        return [], [f"there is no {metrics.name}"] * needed
     steps, wrong = [], []
     for number, line in enumerate(whole_lines(metrics), start=1):
         try:
@@ -257,11 +294,16 @@ def _doubled(steps: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def no_bias_by_length(db: sqlite3.Connection) -> Finding:
-    """Lengths trained on are distributed as lengths generated (Kolmogorov-Smirnov)."""
+    """Lengths trained on are distributed as lengths generated (Kolmogorov-Smirnov).
+
+    Generated for prompts up to the last one trained on, and settled: beyond it, and of those still
+    under way, the short responses are the first to be there.
+    """
     generated = _lengths(
         db,
         "SELECT s.tokens FROM samples s JOIN attempts a ON a.idx = s.idx AND "
-        "a.attempt = s.attempt WHERE a.undone IS NULL",
+        "a.attempt = s.attempt WHERE a.undone IS NULL AND a.ended IS NOT NULL AND "
+        "a.idx <= (SELECT max(idx) FROM trainings WHERE undone IS NULL)",
     )
     trained = _lengths(
         db,

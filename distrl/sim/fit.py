@@ -98,7 +98,12 @@ def _groups(db: sqlite3.Connection) -> list[dict[str, Any]]:
 
 
 def _lengths(db: sqlite3.Connection) -> list[int]:
-    return [row[0] for row in db.execute("SELECT tokens FROM samples ORDER BY idx, sample")]
+    """In order of issue; what a resume rolled back is there once more, as the next attempt."""
+    rows = db.execute(
+        "SELECT s.tokens FROM samples s JOIN attempts a ON a.idx = s.idx AND "
+        "a.attempt = s.attempt WHERE a.undone IS NULL ORDER BY s.idx, s.sample"
+    )
+    return [row[0] for row in rows]
 
 
 def _pace(groups: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from distrl.checkpoint import Checkpoints
 from distrl.cli.main import main
 from distrl.driver.ledger_file import LedgerFile
 
@@ -106,3 +107,15 @@ def test_an_empty_run_breaks_no_promise(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert main(["audit", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["prompts issued"] == 0
+
+
+def test_the_newest_checkpoint_says_how_far_the_ledger_must_go(tmp_path, capsys):
+    """Steps that were taken with the ledger off are none that it was only about to write."""
+    LedgerFile(tmp_path / "ledger.sqlite")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert main(["audit", str(tmp_path)]) == 0
+    assert "step 2 is still open" in " ".join(capsys.readouterr().out.split())
+    with Checkpoints(tmp_path / "checkpoints").write(2, {"step": 2, "ledger": None}) as folder:
+        (folder / "x").write_text("x")
+    assert main(["audit", str(tmp_path)]) == 1
+    assert "step 2 is not in the ledger" in " ".join(capsys.readouterr().out.split())

@@ -10,10 +10,12 @@ import pytest
 
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
 from distrl.cli import main
-from distrl.cli.train import _Tables, open_ledger
+from distrl.cli.options import Options
+from distrl.cli.train import _Tables, open_ledger, train
 from distrl.config import Config, dump_yaml
+from distrl.driver.audit import audit
 from distrl.driver.ledger_file import LedgerError, LedgerFile
-from distrl.metrics import ListSink
+from distrl.metrics import ListSink, rewind_run
 from distrl.models.folder import META_FILE
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
 from distrl.roles import PayloadLost
@@ -51,6 +53,46 @@ def test_a_checkpoint_that_was_written_without_the_ledger_is_a_hole_in_it(tmp_pa
     LedgerFile(directory.ledger).close()
     with pytest.raises(LedgerError, match=r"has a hole: the checkpoint of step 4.*ledger off"):
         open_ledger(Config(), directory, newest)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_rows_are_rewound_after_the_ledger(
+    monkeypatch: pytest.MonkeyPatch, tiny_policy: Path, tmp_path: Path, refused: bool
+) -> None:
+    """One that refuses leaves them; and a run that is killed before or after breaks no promise."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "well"}\n' * 40)
+    config = Config.model_validate(
+        {
+            "run": {"name": "r", "root": str(tmp_path)},
+            "model": {"path": str(tiny_policy)},
+            "sft": {"epochs": 0},
+            "data": {"source": str(tmp_path / "rows.jsonl")},
+            "score": {"parts": [{"name": "rule", "function": "builtins:len"}]},
+            "learn": {"value": {"start": "policy"}},
+        }
+    )
+    said: list[bool] = []
+
+    def killed(folder: Path, step: int) -> None:
+        said.append(audit(directory.ledger, directory.metrics).holds)
+        rewind_run(folder, step)
+        said.append(audit(directory.ledger, directory.metrics).holds)
+        raise InterruptedError
+
+    monkeypatch.setattr("distrl.cli.train.rewind_run", killed)
+    with RunDir(tmp_path / "r").claim(dump_yaml(config)) as directory:
+        directory.begin()
+        file = LedgerFile(directory.ledger)
+        file.write({"steps": [(n, 1, n - 1, n, 1, 1.0, None) for n in range(1, 6)]})
+        if not refused:
+            file.close()
+        directory.metrics.write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 6)))
+        if refused:
+            monkeypatch.setattr("distrl.driver.ledger_file._is_alive", lambda *_: True)
+            monkeypatch.setattr("os.getpid", lambda: 1)
+        with pytest.raises(LedgerError if refused else InterruptedError):
+            train(Options(config=config, dry_run=False, resume=True, fresh=False), directory)
+        assert said == ([] if refused else [True, True])
 
 
 async def test_a_table_goes_without_a_group_that_is_lost() -> None:

@@ -3,6 +3,7 @@ starts from what a learner exports."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Policies:
         self.folder = folder
         self.publisher = SharedMemoryPublisher()
         self.models: dict[int, PreTrainedModel] = {}
+        self.exact: dict[int, PreTrainedModel] = {}
 
     def __getitem__(self, version: int) -> PreTrainedModel:
         if version not in self.models:
@@ -144,9 +146,12 @@ class Policies:
 
     @torch.no_grad()
     def _logprobs(self, version: int, prompt_P: np.ndarray, tokens_T: np.ndarray) -> np.ndarray:
-        """[T] log p(token | prompt and the tokens before), by one plain forward pass."""
+        """[T] log p(token | prompt and the tokens before), by one plain forward pass in float64:
+        at some tokens one in float32 is as far off as the engine's."""
+        if version not in self.exact:
+            self.exact[version] = copy.deepcopy(self[version]).double()
         ids_L = torch.from_numpy(np.concatenate([prompt_P, tokens_T])).long()
-        logits_TV = self[version](input_ids=ids_L[None]).logits[0, len(prompt_P) - 1 : -1]
+        logits_TV = self.exact[version](input_ids=ids_L[None]).logits[0, len(prompt_P) - 1 : -1]
         logprobs_TV = torch.log_softmax(logits_TV / TEMPERATURE, -1)
         return logprobs_TV.gather(1, ids_L[len(prompt_P) :, None])[:, 0].numpy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -156,6 +157,22 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     metrics.write_text("\n".join(lines) + '\n{"step": 7, "time/le')
     assert fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths
     assert audit(tmp_path / "ledger.sqlite", metrics).holds
+
+
+def test_lengths_that_a_resume_rolled_back_are_not_there_twice(tmp_path):
+    run = config(driver={"steps": 6})
+    outcome = simulate(run, tmp_path / "ledger.sqlite")
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": n, **row}) + "\n" for n, row in outcome.rows))
+    before = fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("INSERT INTO attempts (idx, attempt, undone) SELECT idx, 9, 1 FROM attempts")
+    db.execute(
+        "INSERT INTO samples (idx, attempt, sample, tokens) SELECT idx, 9, sample, 99 FROM samples"
+    )
+    db.commit()
+    db.close()
+    assert fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths == before
 
 
 def test_a_run_without_times_is_refused(tmp_path):
