@@ -58,7 +58,7 @@ def _predicted(source: Path, bound: int) -> float:
     """Samples/s of a simulation with the durations of `source`."""
     directory = RunDir(source)
     config = validated(read_yaml(directory.config))
-    model = fitted(directory.ledger, directory.metrics, config.simulate)
+    model = fitted(directory.ledger, directory.metrics, config).model
     values = merged(config.model_dump(mode="json"), {"driver": {"max_staleness": bound}})
     config = validated(values).model_copy(update={"simulate": model})
     return _rate([row for _, row in simulate(config).rows][WARM_UP:])

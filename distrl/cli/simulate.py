@@ -57,7 +57,7 @@ def run(about: str, argv: list[str]) -> int:
         print(USAGE)
         print_help("simulate", about, shown(rest))
         raise SystemExit(0)
-    options = _options(own.source, about, rest)
+    options, doubt = _options(own.source, about, rest)
     base = options.config.model_dump(mode="json")
     points = list(_points(own.sweep))
     configs = [validated(merged(base, _nested(point))) for point in points]
@@ -71,6 +71,8 @@ def run(about: str, argv: list[str]) -> int:
     for point, config in track(pairs, "simulating", disable=len(pairs) < 2):
         results.append((point, *_run(config, audited=own.audit)))
     _show(results, Console())
+    if doubt:
+        print(f"--from {own.source}: {doubt}")
     if any(config.driver.max_staleness == "auto" for config in configs):
         print(
             "driver.max_staleness=auto: a simulation has no data whose effective sample size could "
@@ -91,17 +93,18 @@ def _own_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(source: Path | None, about: str, argv: list[str]) -> Options:
-    """Defaults, then the run's own configuration with its durations, then the command line."""
+def _options(source: Path | None, about: str, argv: list[str]) -> tuple[Options, str]:
+    """Defaults, then the run's own configuration with its durations, then the command line; and
+    what of the durations is in doubt."""
     if source is None:
-        return parse("simulate", about, argv)
+        return parse("simulate", about, argv), ""
     directory = RunDir(source)
     if not directory.config.exists():
         raise ConfigError(f"{source} has no config.yaml; --from takes a run directory")
     theirs = validated(read_yaml(directory.config))
-    model = fitted(directory.ledger, directory.metrics, theirs.simulate)
-    values = theirs.model_dump(mode="json") | {"simulate": model.model_dump(mode="json")}
-    return parse("simulate", about, argv, beneath=values)
+    fit = fitted(directory.ledger, directory.metrics, theirs)
+    values = theirs.model_dump(mode="json") | {"simulate": fit.model.model_dump(mode="json")}
+    return parse("simulate", about, argv, beneath=values), fit.doubt
 
 
 def _shortened(values: Any) -> Any:

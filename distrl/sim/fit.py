@@ -1,12 +1,7 @@
 """The durations of a real run, measured from what it left: ledger and metrics.
 
-An iteration of an engine with n sequences takes a + b·n seconds (`engine.py`). A group whose
-longest sample has L tokens, decoded while n̄ sequences ran on average, took
-
-    seconds ≈ a·L + b·n̄·L
-
-n̄ comes from the times of all groups of the same generator, so a and b follow by least squares.
-The learner's c + d·tokens follows from the steps' times likewise, and so does the scorer's.
+The engines' pace is what makes a replay of the run's groups take as long as they took (`pace.py`).
+The learner's c + d·tokens follows from the steps' times by least squares, and so does the scorer's.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,12 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distrl.config import SimulateConfig
+from distrl.config import Config, SimulateConfig
 from distrl.driver.errors import DriverError
 from distrl.driver.ledger_file import open_to_read
+from distrl.sim.pace import Group, Stop, pace_of
 
 WARM_UP = 2
 """Steps left out at the start: what is compiled or cached then is not typical."""
+
+ALIKE = 0.01
+"""Groups that differ in tokens by a smaller share than this do not say what a token takes."""
 
 Floats = NDArray[np.float64]
 
@@ -36,41 +36,66 @@ class NoTimings(DriverError):
     """The run has nothing to measure durations from."""
 
 
-def fitted(ledger: Path, metrics: Path, model: SimulateConfig) -> SimulateConfig:
-    """`model` with the durations and lengths of a real run.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """What a run says of durations; `doubt`: of what it does not say, or nothing."""
+
+    model: SimulateConfig
+    doubt: str = ""
+
+
+def fitted(ledger: Path, metrics: Path, config: Config) -> Fit:
+    """`config.simulate` with the durations and lengths of a real run that had this `config`.
 
     Raises LedgerError where the ledger cannot be read, NoTimings where it has no timed group or
     the metrics have fewer than three steps.
     """
     rows = _steps(metrics)
     with open_to_read(ledger) as db:
-        groups, lengths = _groups(db), _lengths(db)
+        groups, lengths, learned = _groups(db), _lengths(db), _learned(db)
     if not groups:
         raise NoTimings(
             f"{ledger} has no group with times; simulate from a run that took some steps"
         )
-    iteration_s, sequence_s = _pace(groups)
+    steady = rows[WARM_UP:]
+    iteration_s, sequence_s, told = pace_of(
+        _engines_groups(groups, learned), _stops(rows, learned), config.generate.max_num_seqs
+    )
     score_s, score_token_s = _scoring(groups)
-    learn_s, learn_token_s, jitter = _learning(rows)
-    publish_s = median(row["time/publish"] for row in rows)
+    learn_s, learn_token_s, jitter = _learning(steady)
+    publish_s = median(row["time/publish"] for row in steady)
     others = [
         row["time/step"] - row["time/idle_learner"] - row["time/learn"] - row["time/publish"]
-        for row in rows
+        for row in steady
     ]
-    return model.model_copy(
-        update={
-            "lengths": tuple(lengths),
-            "iteration_s": iteration_s,
-            "sequence_s": sequence_s,
-            "score_s": score_s,
-            "score_token_s": score_token_s,
-            "learn_s": learn_s,
-            "learn_token_s": learn_token_s,
-            "jitter": jitter,
-            "publish_s": publish_s,
-            "load_s": max(0.0, median(row["time/sync"] for row in rows) - publish_s),
-            "other_s": max(0.0, fmean(others)),
-        }
+    durations = {
+        "lengths": tuple(lengths),
+        "iteration_s": iteration_s,
+        "sequence_s": sequence_s,
+        "score_s": score_s,
+        "score_token_s": score_token_s,
+        "learn_s": learn_s,
+        "learn_token_s": learn_token_s,
+        "jitter": jitter,
+        "publish_s": publish_s,
+        "load_s": max(0.0, median(row["time/sync"] for row in steady) - publish_s),
+        "other_s": max(0.0, fmean(others)),
+    }
+    return Fit(
+        model=config.simulate.model_copy(update=durations),
+        doubt="" if told else _no_split(config, iteration_s, sequence_s),
+    )
+
+
+def _no_split(config: Config, iteration_s: float, sequence_s: float) -> str:
+    bound = config.driver.largest_bound
+    other = "fewer driver.prompts_per_step" if bound else "driver.max_staleness=1"
+    return (
+        "its groups ran in like company, which does not tell what an iteration of the engine takes "
+        f"by itself from what each sequence adds: simulate.iteration_s={iteration_s:.3g} and "
+        f"sequence_s={sequence_s:.3g} are the middle of what may be, and rates with more or fewer "
+        "sequences at once may be off. To tell them apart, simulate from a short run with "
+        f"{other}"
     )
 
 
@@ -78,23 +103,30 @@ def _steps(metrics: Path) -> list[dict[str, Any]]:
     if not metrics.exists():
         raise NoTimings(f"there is no {metrics}; is this a run directory?")
     whole = metrics.read_text().rpartition("\n")[0]  # of a run that was killed
-    rows = [json.loads(line) for line in whole.splitlines()][WARM_UP:]
-    if not rows or "time/learn" not in rows[0]:
+    rows = [json.loads(line) for line in whole.splitlines()]
+    steady = rows[WARM_UP:]
+    if not steady or "time/learn" not in steady[0]:
         raise NoTimings(f"{metrics} has no times of steps after the first {WARM_UP}")
-    if "time/publish" not in rows[0]:
+    if "time/publish" not in steady[0]:
         raise NoTimings(f"{metrics} is of an older distrl, without time/publish; run it again")
     return rows
 
 
 def _groups(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    names = ("generator", "end", "seconds", "scored", "score_s", "longest", "tokens", "samples")
+    names = ("index", "attempt", "generator", "end", "seconds", "score_s")
+    samples: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, attempt, tokens in db.execute(
+        "SELECT idx, attempt, tokens FROM samples ORDER BY idx, attempt, sample"
+    ):
+        samples[index, attempt].append(tokens)
     rows = db.execute(
-        "SELECT a.generator, a.generated_s, a.generate_s, a.scored_s, a.score_s, max(s.tokens), "
-        "sum(s.tokens), count(*) FROM attempts a JOIN samples s ON s.idx = a.idx AND "
-        "s.attempt = a.attempt WHERE a.generate_s IS NOT NULL AND a.score_s IS NOT NULL "
-        "GROUP BY a.idx, a.attempt"
+        "SELECT idx, attempt, generator, generated_s, generate_s, score_s FROM attempts "
+        "WHERE generate_s IS NOT NULL AND score_s IS NOT NULL"
     )
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    groups: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+    for group in groups:
+        group["lengths"] = samples[group["index"], group["attempt"]]
+    return [group for group in groups if group["lengths"]]
 
 
 def _lengths(db: sqlite3.Connection) -> list[int]:
@@ -106,42 +138,46 @@ def _lengths(db: sqlite3.Connection) -> list[int]:
     return [row[0] for row in rows]
 
 
-def _pace(groups: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """(a, b) of the engine."""
-    by_generator: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for group in groups:
-        by_generator[group["generator"]].append(group)
-    longest, load, seconds = [], [], []
-    for mine in by_generator.values():
-        running = _mean_running(mine)
-        longest += [group["longest"] for group in mine]
-        load += [n * group["longest"] for n, group in zip(running, mine, strict=True)]
-        seconds += [group["seconds"] for group in mine]
-    a, b = _non_negative(np.array(longest), np.array(load), np.array(seconds))
-    return max(a, 1e-6), b
+def _learned(db: sqlite3.Connection) -> dict[int, float]:
+    """When each step had been learned."""
+    return dict(db.execute("SELECT step, learned_s FROM steps WHERE undone IS NULL").fetchall())
 
 
-def _mean_running(groups: Sequence[dict[str, Any]]) -> Floats:
-    """Mean number of sequences that ran beside and with each group, over its own time.
+def _engines_groups(groups: Sequence[dict[str, Any]], learned: dict[int, float]) -> list[Group]:
+    """Groups as their engines met them; those of the warm-up do not count."""
+    warm_s = learned.get(WARM_UP, float("-inf"))
+    return [
+        Group(
+            generator=group["generator"],
+            index=group["index"],
+            began_s=group["end"] - group["seconds"],
+            seconds=group["seconds"],
+            lengths=tuple(group["lengths"]),
+            counts=group["end"] - group["seconds"] >= warm_s,
+        )
+        for group in groups
+    ]
 
-    A group counts with its samples until their mean length is reached: tokens / longest of them.
-    """
-    start = np.array([group["end"] - group["seconds"] for group in groups])
-    end = np.array([group["end"] for group in groups])
-    alive = np.array([group["tokens"] / group["longest"] for group in groups])
-    order = np.argsort(np.concatenate([start, end]), kind="stable")
-    times = np.concatenate([start, end])[order]
-    running = np.cumsum(np.concatenate([alive, -alive])[order])
-    area = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times))])
-    at = np.interp(end, times, area) - np.interp(start, times, area)
-    return at / np.maximum(end - start, 1e-9)
+
+def _stops(rows: Sequence[dict[str, Any]], learned: dict[int, float]) -> list[Stop]:
+    """When the engines took weights on: after each step, once these were published."""
+    return [
+        Stop(
+            at_s=learned[row["step"]] + row["time/publish"],
+            seconds=row["time/sync"] - row["time/publish"],
+        )
+        for row in rows
+        if row["step"] in learned and row.get("time/sync", 0.0) > row.get("time/publish", 0.0)
+    ]
 
 
 def _scoring(groups: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """(base, seconds a token) of a scorer: the quickest tenth waited for nobody else's pass."""
     quick = sorted(groups, key=lambda group: group["score_s"])[: max(2, len(groups) // 10)]
-    tokens = np.array([group["tokens"] for group in quick], dtype=float)
+    tokens = np.array([sum(group["lengths"]) for group in quick], dtype=float)
     seconds = np.array([group["score_s"] for group in quick])
+    if tokens.std() < ALIKE * tokens.mean():  # a pass takes all that waits: most is shared
+        return float(seconds.mean()), 0.0
     return _non_negative(np.ones_like(tokens), tokens, seconds)
 
 

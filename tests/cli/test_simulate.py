@@ -9,7 +9,9 @@ import pytest
 
 from distrl.checkpoint import Checkpoints
 from distrl.cli.main import main
+from distrl.config import Config, dump_yaml
 from distrl.driver.ledger_file import LedgerFile
+from distrl.sim.simulate import simulate
 
 SMALL = ["--driver.steps", "4", "--driver.prompts_per_step", "4", "--generate.workers", "2"]
 
@@ -70,6 +72,19 @@ def test_faults_and_auto_by_the_settings(tmp_path, capsys):
     assert status == 0 and point["retries"] > 0
     said = " ".join(capsys.readouterr().out.split())
     assert "no data whose effective sample size could hold the bound down" in said
+
+
+def test_what_a_run_cannot_tell_of_its_engines_is_said(tmp_path, capsys):
+    run = Config.model_validate(
+        {"driver": {"steps": 5, "max_staleness": 0}, "simulate": {"length_sigma": 0}}
+    )
+    (tmp_path / "config.yaml").write_text(dump_yaml(run))
+    rows = simulate(run, tmp_path / "ledger.sqlite").rows
+    lines = [json.dumps({"step": n, **row}) for n, row in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    out = str(tmp_path / "out")
+    assert main(["simulate", "--from", str(tmp_path), "--out", out]) == 0
+    assert f"--from {tmp_path}: its groups ran in like company" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

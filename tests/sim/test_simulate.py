@@ -109,7 +109,7 @@ def test_what_was_simulated_is_found_again_by_the_fit(tmp_path):
     rows = outcome.rows
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": n, **row}) + "\n" for n, row in rows))
-    model = fitted(tmp_path / "ledger.sqlite", metrics, run.simulate)
+    model = fitted(tmp_path / "ledger.sqlite", metrics, run).model
     assert model.iteration_s == pytest.approx(0.02, rel=0.25)
     assert model.sequence_s == pytest.approx(0.001, rel=0.25)
     assert model.learn_s == pytest.approx(0.2, rel=0.05)
@@ -155,7 +155,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": n, **row}) for n, row in outcome.rows]
     metrics.write_text("\n".join(lines) + '\n{"step": 7, "time/le')
-    assert fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths
+    assert fitted(tmp_path / "ledger.sqlite", metrics, run).model.lengths
     assert audit(tmp_path / "ledger.sqlite", metrics).holds
 
 
@@ -179,10 +179,10 @@ def test_a_run_without_times_is_refused(tmp_path):
     simulate(config(driver={"steps": 2}), tmp_path / "ledger.sqlite")
     metrics = tmp_path / "metrics.jsonl"
     with pytest.raises(NoTimings, match="is this a run directory"):
-        fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
+        fitted(tmp_path / "ledger.sqlite", metrics, config())
     metrics.write_text('{"step": 1}\n{"step": 2}\n')
     with pytest.raises(NoTimings, match="no times of steps"):
-        fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
+        fitted(tmp_path / "ledger.sqlite", metrics, config())
     metrics.write_text('{"step": 1, "time/learn": 1.0}\n' * 3)
     with pytest.raises(NoTimings, match="of an older distrl"):
-        fitted(tmp_path / "ledger.sqlite", metrics, config().simulate)
+        fitted(tmp_path / "ledger.sqlite", metrics, config())
