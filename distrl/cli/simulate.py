@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -31,6 +32,12 @@ SHORT = {
     "max_staleness": "driver.max_staleness",
 }
 """Names that --sweep takes besides dotted ones."""
+
+LOOKED_AT = re.compile(
+    r"simulate\.|driver\.(?!(checkpoint_every|keep_checkpoints|skip_without_signal)$)|score\.workers$"
+    r"|generate\.(workers|max_num_seqs|samples_per_prompt|max_new_tokens|request_timeout_s)$"
+)
+"""Settings that a simulation depends on; all others leave it as it is."""
 
 SHOWN = 20
 """Values of one setting that a dry run prints."""
@@ -59,8 +66,9 @@ def run(about: str, argv: list[str]) -> int:
         raise SystemExit(0)
     options, doubt = _options(own.source, about, rest)
     base = options.config.model_dump(mode="json")
-    points = list(_points(own.sweep))
-    configs = [validated(merged(base, _nested(point))) for point in points]
+    configs = [validated(merged(base, _nested(point))) for point in _points(own.sweep)]
+    swept = list(dict.fromkeys(name for sweep in own.sweep for name, _ in [_swept(sweep)]))
+    points = [{name: _value(config, name) for name in swept} for config in configs]
     if own.out.exists() and not own.out.is_dir():
         raise ConfigError(f"--out {own.out} is a file; name a folder")
     if options.dry_run:
@@ -73,15 +81,33 @@ def run(about: str, argv: list[str]) -> int:
     _show(results, Console())
     if doubt:
         print(f"--from {own.source}: {doubt}")
+    for remark in _remarks(swept, configs):
+        print(remark)
+    with writing("the figures", own.out, "simulate again, or name another --out"):
+        _write(own.out, results)
+    return 0 if all(report is None or report.holds for _, _, report in results) else 1
+
+
+def _remarks(swept: Sequence[str], configs: Sequence[Config]) -> Iterator[str]:
+    """What of the settings a simulation cannot take as a real run does."""
     if any(config.driver.max_staleness == "auto" for config in configs):
-        print(
+        yield (
             "driver.max_staleness=auto: a simulation has no data whose effective sample size could "
             "hold the bound down, so it rises to driver.staleness_ceiling; of a real run this is "
             "the best case. Bounds of their own: --sweep max_staleness=0,1,2,4"
         )
-    with writing("the figures", own.out, "simulate again, or name another --out"):
-        _write(own.out, results)
-    return 0 if all(report is None or report.holds for _, _, report in results) else 1
+    if any(config.driver.skip_without_signal for config in configs):
+        yield (
+            "driver.skip_without_signal: a simulation has no rewards, so no group is without a "
+            "signal; a real run generates another one for each that it replaces, and is that much "
+            "slower"
+        )
+    for name in swept:
+        if not LOOKED_AT.match(name):
+            yield (
+                f"--sweep {name}: a simulation does not depend on it. How long things take with "
+                "another value is for simulate.* to say, or for a short real run and --from"
+            )
 
 
 def _own_options() -> argparse.ArgumentParser:
@@ -119,13 +145,30 @@ def _shortened(values: Any) -> Any:
 def _points(sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every combination of the swept values, by dotted name."""
     axes = []
-    for sweep in sweeps:
-        name, equals, values = sweep.partition("=")
-        if not equals or not values:
-            raise ConfigError(f"--sweep {sweep}: should be NAME=V1,V2,...")
-        axes.append([(SHORT.get(name, name), yaml.safe_load(v)) for v in values.split(",")])
+    for name, values in map(_swept, sweeps):
+        axes.append([(name, None if value == "None" else value) for value in values])
     for combination in itertools.product(*axes):
         yield dict(combination)
+
+
+def _swept(sweep: str) -> tuple[str, list[Any]]:
+    """The setting that NAME=V1,V2,... names, and its values, of which some may be lists."""
+    name, _, values = sweep.partition("=")
+    try:
+        found = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        found = None
+    if not found:
+        raise ConfigError(f"--sweep {sweep}: should be NAME=V1,V2,...")
+    return SHORT.get(name, name), found
+
+
+def _value(config: Config, name: str) -> Any:
+    """What a setting came to: a number is one, however it was written."""
+    value: Any = config.model_dump(mode="json")
+    for part in name.split("."):
+        value = value[part]
+    return value
 
 
 def _nested(point: dict[str, Any]) -> dict[str, Any]:
@@ -196,9 +239,12 @@ def _write(out: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]
     ]
     (out / "simulate.json").write_text(json.dumps(body, indent=1))
     print(f"figures: {out / 'simulate.json'}")
+    picture = out / "simulate.png"
     if len(results) > 1:
-        _plot(out / "simulate.png", results)
-        print(f"picture: {out / 'simulate.png'}")
+        _plot(picture, results)
+        print(f"picture: {picture}")
+    else:
+        picture.unlink(missing_ok=True)  # of an earlier sweep
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
@@ -206,7 +252,8 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 
 
 def _plot(path: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]]) -> None:
-    """Samples/s against the last swept name, a line for each value of the others."""
+    """Samples/s against the last swept name, a line for each value of the others: in the order of
+    its numbers, or by name where some are none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,8 +265,10 @@ def _plot(path: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]
         label = ", ".join(f"{name.split('.')[-1]} {point[name]}" for name in others)
         lines.setdefault(label, []).append((point[axis], outcome.samples_per_second))
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    numbers = all(type(point[axis]) in (int, float) for point, _, _ in results)
     for label, line in lines.items():
-        axes.plot(*zip(*line, strict=True), marker="o", label=label or None)
+        drawn = sorted(line) if numbers else [(str(value), rate) for value, rate in line]
+        axes.plot(*zip(*drawn, strict=True), marker="o", label=label or None)
     axes.set(xlabel=axis, ylabel="samples/s")
     axes.set_ylim(bottom=0)
     if others:

@@ -39,6 +39,46 @@ def test_a_sweep_of_two_settings_gives_every_combination_and_a_picture(tmp_path,
     assert "Simulated runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("sweep", "values", "drawn"),
+    [
+        ("generators=4,1,2", [4, 1, 2], [1, 2, 4]),
+        ("simulate.learn_token_s=1e-3,1e-5", [1e-3, 1e-5], [1e-5, 1e-3]),
+        ("driver.lead=None,4,null", [None, 4, None], ["None", "4", "None"]),
+        ("simulate.lengths=[10,20],[30]", [[10, 20], [30]], ["[10, 20]", "[30]"]),
+    ],
+)
+def test_a_picture_is_in_the_order_of_its_numbers(
+    tmp_path, capsys, monkeypatch, sweep, values, drawn
+):
+    """However they were written; nothing that was simulated is missing from it."""
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda _, x, y, **how: lines.append(list(x)))
+    _, points = simulated(tmp_path, "--sweep", sweep)
+    assert [value for point in points for value in point["point"].values()] == values
+    assert lines == [drawn]
+
+
+def test_a_single_run_leaves_no_picture_of_an_earlier_sweep(tmp_path, capsys):
+    simulated(tmp_path, "--sweep", "generators=1,2")
+    assert (tmp_path / "simulate.png").exists()
+    simulated(tmp_path)
+    assert not (tmp_path / "simulate.png").exists()
+
+
+def test_what_a_simulation_does_not_depend_on_is_said(tmp_path, capsys):
+    sweeps = ("learn.compile=true,false", "driver.checkpoint_every=1,2", "scorers=1,2")
+    simulated(tmp_path, *(word for sweep in sweeps for word in ("--sweep", sweep)))
+    said = capsys.readouterr().out
+    assert "--sweep learn.compile: a simulation does not depend on it" in said
+    assert "--sweep driver.checkpoint_every: a sim" in said and "score.workers: a sim" not in said
+    assert "driver.skip_without_signal" not in said
+
+    group = ("--learn.advantage.kind", "group", "--driver.skip_without_signal")
+    simulated(tmp_path, *group)
+    assert "driver.skip_without_signal: a simulation has no rewards" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_range_of_many_values(tmp_path, capsys):
     many = json.dumps(list(range(5, 1005)))
     assert main(["simulate", "--dry-run", "--simulate.lengths", many]) == 0
@@ -91,6 +131,7 @@ def test_what_a_run_cannot_tell_of_its_engines_is_said(tmp_path, capsys):
     ("words", "trouble"),
     [
         (["--sweep", "generators"], "should be NAME=V1,V2"),
+        (["--sweep", "max_staleness=0,["], "--sweep max_staleness=0,[: should be NAME=V1,V2"),
         (["--sweep", "driver.nothing=1,2"], "no such setting"),
         (["--from", "nowhere"], "has no config.yaml; --from takes a run directory"),
         (["--simulate.jitter", "-1"], "simulate.jitter"),
