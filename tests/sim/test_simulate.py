@@ -164,7 +164,7 @@ def test_lengths_that_a_resume_rolled_back_are_not_there_twice(tmp_path):
     outcome = simulate(run, tmp_path / "ledger.sqlite")
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": n, **row}) + "\n" for n, row in outcome.rows))
-    before = fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths
+    before = fitted(tmp_path / "ledger.sqlite", metrics, run).model.lengths
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     db.execute("INSERT INTO attempts (idx, attempt, undone) SELECT idx, 9, 1 FROM attempts")
     db.execute(
@@ -172,7 +172,7 @@ def test_lengths_that_a_resume_rolled_back_are_not_there_twice(tmp_path):
     )
     db.commit()
     db.close()
-    assert fitted(tmp_path / "ledger.sqlite", metrics, run.simulate).lengths == before
+    assert fitted(tmp_path / "ledger.sqlite", metrics, run).model.lengths == before
 
 
 def test_a_run_without_times_is_refused(tmp_path):
