@@ -114,6 +114,23 @@ def test_scores_may_be_large_and_far_apart():
     assert all(x.isfinite().all() for x in torch.autograd.grad(found, (q, k, v), grad))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, -1, 0x7F800001])
+@pytest.mark.parametrize("damaged", ["query", "key"])
+def test_what_is_not_a_number_stays_so(damaged, bits):
+    """Whichever of the many bits it has: whoever reads a damaged model has to see it."""
+    q, k, v, starts, _ = tensors([20, 40, 9], 2, 2, 32)
+    clean = attention.attention(q, k, v, starts, 0.3)
+    token = 20 + 21  # neither its sequence's nor its block's first
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    with torch.no_grad():
+        {"query": q, "key": k}[damaged][token, :, 5] = nan
+    found = attention.attention(q, k, v, starts, 0.3)
+    places = torch.arange(69)
+    sees = (places == token) if damaged == "query" else (places >= token) & (places < 60)
+    assert found[sees].isnan().all()
+    assert torch.equal(found[~sees], clean[~sees])
+
+
 def test_tensors_may_lie_in_memory_as_they_like():
     q, k, v, starts, grad = tensors([7, 20], 4, 2, 32)
     wanted = attention.attention(q, k, v, starts, 0.3)
