@@ -119,7 +119,8 @@ class Learner(Protocol):
         ...
 
     async def save(self, folder: Path) -> None:
-        """Write all of the learner's state below `folder`."""
+        """Write all of the learner's state below `folder`, where the caller finds it: raises
+        where it is written to a disk that the caller does not see."""
         ...
 
     async def load(self, folder: Path) -> None:

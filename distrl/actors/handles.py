@@ -24,6 +24,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from distrl.actors.batching import Counter, lost, packed
 from distrl.actors.process import end_group, node_id, remove, tail
 from distrl.actors.sending import deadline, send
+from distrl.checkpoint import CheckpointError
 from distrl.learn.spec import Place
 from distrl.records import (
     GroupInfo,
@@ -289,7 +290,15 @@ class LearnerHandle(ActorHandle):
             ) from None
 
     async def save(self, folder: Path) -> None:
-        await self._call("save", folder)
+        """Raises CheckpointError where what a rank wrote cannot be seen from here."""
+        files = [file for each in await self._answers("save", folder) for file in each]
+        missing = await asyncio.to_thread(lambda: [f.name for f in files if not f.is_file()])
+        if missing:
+            raise CheckpointError(
+                f"the learner wrote {', '.join(missing)} on another machine, and they are not in "
+                f"{folder} here: run.root has to lie on storage that all of the learner's machines "
+                "share with this one (cluster/README.md)"
+            )
 
     async def load(self, folder: Path) -> None:
         await self._call("load", folder)
@@ -324,8 +333,12 @@ class LearnerHandle(ActorHandle):
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Rank 0's answer, once all ranks have answered."""
+        return (await self._answers(method, *arguments))[0]
+
+    async def _answers(self, method: str, *arguments: Any) -> list[Any]:
+        """Every rank's answer. Raises LearnerFailed where one dies."""
         try:
-            answers = await self._all(
+            return await self._all(
                 getattr(rank.running(), method).remote(*arguments) for rank in self._ranks
             )
         except WorkerDied as error:
@@ -335,7 +348,6 @@ class LearnerHandle(ActorHandle):
                 f"{error}\nA machine of the cluster has gone; go on with --resume: what was ready "
                 "for the learner is generated again"
             ) from error
-        return answers[0]
 
     async def _all(self, references: Iterable[Any]) -> list[Any]:
         """Every rank's answer. Where one dies the others fail for want of it: then its own last

@@ -263,8 +263,8 @@ class LearnerActor:
         """Give up what is being sent to generator `name`, and its group."""
         self.switchboard.hang_up(name)
 
-    def save(self, folder: Path) -> None:
-        self.learner.save(folder)
+    def save(self, folder: Path) -> list[Path]:
+        return self.learner.save(folder)
 
     def load(self, folder: Path) -> None:
         self.learner.load(folder)

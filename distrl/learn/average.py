@@ -41,8 +41,9 @@ class WeightAverage:
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(mine)
 
-    def save(self, path: Path, ranks: Ranks = ALONE) -> None:
-        save_tensors(self.weights, path, ranks)
+    def save(self, path: Path, ranks: Ranks = ALONE) -> Path:
+        """Returns the file."""
+        return save_tensors(self.weights, path, ranks)
 
     def load(self, path: Path) -> None:
         """Take up what `save` wrote. Raises StateMismatch."""

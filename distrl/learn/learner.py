@@ -362,16 +362,20 @@ class PolicyLearner:
 
     # -- state --------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
-        """Write everything that a resumed learner needs below `folder`."""
+    def save(self, folder: Path) -> list[Path]:
+        """Write everything that a resumed learner needs below `folder`. Returns this rank's
+        files."""
         folder.mkdir(parents=True, exist_ok=True)
+        files: list[Path] = []
         for name, part, optimizer in self._parts():
-            save_module(part, folder / f"{name}.safetensors", self.ranks)
-            save_optimizer(optimizer, folder / f"{name}_optimizer.safetensors", self.ranks)
+            files += [
+                save_module(part, folder / f"{name}.safetensors", self.ranks),
+                save_optimizer(optimizer, folder / f"{name}_optimizer.safetensors", self.ranks),
+            ]
         if self.average is not None:
-            self.average.save(folder / AVERAGE, self.ranks)
+            files.append(self.average.save(folder / AVERAGE, self.ranks))
         if not self.ranks.first:
-            return
+            return files
         state = {
             "step": self.step,
             "version": self.version,
@@ -382,6 +386,7 @@ class PolicyLearner:
             "seed": self.spec.seed,
         }
         (folder / "learner.json").write_text(json.dumps(state, indent=1))
+        return [*files, folder / "learner.json"]
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote. Raises StateMismatch where it is of another model."""

@@ -34,16 +34,18 @@ class StateMismatch(UserError, ValueError):
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, ranks: Ranks = ALONE, **more: int
-) -> None:
-    """This rank's part of `tensors`, and what `more` says of them."""
+) -> Path:
+    """This rank's part of `tensors`, and what `more` says of them. Returns the file."""
     parts = {name: _part(tensor) for name, tensor in tensors.items()}
     firsts = {name: first for name, (first, _) in parts.items() if first}
+    file = _file(path, ranks)
     save_file(
         {name: rows.cpu().contiguous() for name, (_, rows) in parts.items()},
-        _file(path, ranks),
+        file,
         # One entry: safetensors writes several in an order of its own, another each time.
         {"layout": json.dumps({"first_rows": firsts, **more})},
     )
+    return file
 
 
 def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -56,9 +58,9 @@ def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             saved.fill(name, tensor)
 
 
-def save_module(module: nn.Module, path: Path, ranks: Ranks = ALONE) -> None:
-    """All parameters and buffers of `module`, tied tensors once."""
-    save_tensors(_untied(module), path, ranks)
+def save_module(module: nn.Module, path: Path, ranks: Ranks = ALONE) -> Path:
+    """All parameters and buffers of `module`, tied tensors once. Returns the file."""
+    return save_tensors(_untied(module), path, ranks)
 
 
 def load_module(module: nn.Module, path: Path) -> None:
@@ -66,11 +68,12 @@ def load_module(module: nn.Module, path: Path) -> None:
     load_tensors(_untied(module), path)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, ranks: Ranks = ALONE) -> None:
-    """The moments and step counts; hyperparameters come from the configuration."""
+def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, ranks: Ranks = ALONE) -> Path:
+    """The moments and step counts; hyperparameters come from the configuration. Returns the
+    file."""
     state = optimizer.state_dict()["state"]
     tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
-    save_tensors(tensors, path, ranks, weights=len(_weights(optimizer)))
+    return save_tensors(tensors, path, ranks, weights=len(_weights(optimizer)))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -29,18 +29,19 @@ inline Lanes& lanes(float* at) { return *reinterpret_cast<Lanes*>(at); }
 inline const Lanes& lanes(const float* at) { return *reinterpret_cast<const Lanes*>(at); }
 inline Lanes all(float x) { return x - Lanes{}; }
 
-// e^x for x <= 0: 2^n times the Taylor series of what is left, at most ln(2) / 2.
+// e^x for x <= 0: 2^n times the Taylor series of what is left, at most ln(2) / 2. NaN stays
+// NaN: the comparison lets it pass, and each product with it is NaN too.
 inline Lanes exponential(Lanes x) {
   Lanes least = all(-87.0f);
-  x = x > least ? x : least;
-  Lanes n = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: a sum with it is a whole number
-  Whole power = (Whole)n << 23;
-  n -= 12582912.0f;
+  x = x < least ? least : x;
+  Lanes n = x * 1.44269504f + 12583039.0f;  // 1.5 * 2^23: a sum with it is a whole number; and 127
+  Lanes power = (Lanes)((Whole)n << 23);    // that a float's exponent is above its power
+  n -= 12583039.0f;
   Lanes rest = x - n * 0.693359375f;
   rest -= n * -2.12194440e-4f;
   Lanes sum = all(1.0f / 720);
   for (float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * rest + term;
-  return (Lanes)((Whole)sum + power);
+  return sum * power;
 }
 
 // `x`, with `other` in the first `count` lanes.

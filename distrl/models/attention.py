@@ -62,13 +62,14 @@ def build() -> None:
         log.warning("attention is torch's own, slower one, as ours did not compile: %s", error)
 
 
-def takes(q: Tensor) -> bool:
-    """Whether the kernel is there, and made for such queries."""
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernel is there, and made for such queries and values."""
     return (
         _kernel is not None
         and q.device.type == "cpu"
         and q.dtype == torch.float32
         and q.shape[-1] % LANES == 0
+        and q.shape[-1] == v.shape[-1]
     )
 
 
@@ -89,20 +90,24 @@ class _Sizes(ctypes.Structure):
     ]
 
 
-def _call(name: str, q: Tensor, k: Tensor, starts: Tensor, scale: float, *rest: Tensor) -> None:
+def _call(
+    name: str, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, *rest: Tensor
+) -> None:
     """Have the kernel fill the last of the tensors, in as many threads as torch may use here."""
-    fits = q.shape[2] % LANES == 0 and q.shape[1] % k.shape[1] == 0 and starts.dtype == torch.int32
-    if not fits or any(x.dtype != torch.float32 for x in (q, k, *rest)):
+    (tokens, heads, size), groups = q.shape, k.shape[1]
+    fits = size % LANES == 0 and heads % groups == 0 and starts.dtype == torch.int32
+    fits = fits and k.shape == v.shape == (tokens, groups, size)
+    if not fits or any(x.dtype != torch.float32 for x in (q, k, v, *rest)):
         raise ValueError(
-            f"attention of heads {tuple(q.shape)} on {tuple(k.shape)} in {q.dtype}, starts in "
-            f"{starts.dtype}: sizes must be multiples of {LANES}, heads of queries of those of "
-            "keys, numbers float32 and starts int32"
+            f"attention of heads {tuple(q.shape)} on keys {tuple(k.shape)} and values "
+            f"{tuple(v.shape)} in {q.dtype}, starts in {starts.dtype}: sizes must be the same and "
+            f"multiples of {LANES}, heads of queries of those of keys, numbers float32 and starts "
+            "int32"
         )
     sizes = _Sizes(
-        starts.data_ptr(), len(starts) - 1, q.shape[1], k.shape[1], q.shape[2], scale,
-        torch.get_num_threads(),
+        starts.data_ptr(), len(starts) - 1, heads, groups, size, scale, torch.get_num_threads()
     )  # fmt: skip
-    getattr(_kernel, name)(ctypes.byref(sizes), *map(_Tokens.of, (q, k, *rest)))
+    getattr(_kernel, name)(ctypes.byref(sizes), *map(_Tokens.of, (q, k, v, *rest)))
 
 
 @functools.partial(_LIBRARY.impl, "attention", dispatch_key="CPU")
@@ -111,7 +116,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = map(_rows, (q, k, v))
     out, lse_NH = _like(q), q.new_empty(q.shape[:2])
-    _call("attention", q, k, starts, scale, v, out, lse_NH)
+    _call("attention", q, k, v, starts, scale, out, lse_NH)
     return out, lse_NH
 
 
@@ -121,7 +126,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, dout = map(_rows, (q, k, v, dout))
     dq, dk, dv = map(_like, (q, k, v))
-    _call("attention_back", q, k, starts, scale, v, lse_NH, dout, dq, dk, dv)
+    _call("attention_back", q, k, v, starts, scale, lse_NH, dout, dq, dk, dv)
     return dq, dk, dv
 
 

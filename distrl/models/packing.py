@@ -31,6 +31,9 @@ PACKED = "distrl_packed"
 TOLERANCE = 1e-4
 """Largest gap, relative to the largest state, between a packed and a padded pass at start."""
 
+WIDEST = 256
+"""Numbers of a head that FlashAttention's kernel takes at most."""
+
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 """What a layer of Llama's kind is made of."""
 
@@ -171,9 +174,9 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **rest
         )
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if _flashes(query, value):
         return _flash(query, key, value, packing, scaling), None
-    if attention.takes(query):
+    if attention.takes(query, value):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         return attention.attention(q, k, v, packing.starts, scale)[None], None
@@ -181,6 +184,17 @@ def _attention(
     q, k, v = (x.transpose(1, 2) for x in rows)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, **_grouped(q, k))
     return _Collect.apply(out.transpose(1, 2), packing)[None], None
+
+
+def _flashes(query: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention's kernel is made for such queries and values: some models' values are
+    narrower (DeepSeek's, say)."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= WIDEST
+        and query.shape[-1] % 8 == 0
+    )
 
 
 def _flash(

@@ -21,6 +21,7 @@ from distrl.learn.learner import PolicyLearner
 from distrl.learn.local import LocalLearner
 from distrl.learn.measure import by_age
 from distrl.learn.prepare import prepare
+from distrl.learn.ranks import Ranks
 from distrl.learn.state import StateMismatch
 from distrl.learn.update import Update
 from distrl.metrics.names import unknown_names
@@ -353,6 +354,18 @@ def test_a_state_is_safetensors_and_json_alone(new_learner, make_groups, tmp_pat
     kinds = {p.suffix for d in ("state", "policy") for p in (tmp_path / d).iterdir()}
     assert kinds == {".safetensors", ".json"}
     assert json.loads((tmp_path / "state" / "learner.json").read_text())["version"] == 1
+
+
+def test_each_rank_says_what_it_wrote(new_learner, tmp_path):
+    learner = new_learner(ema=0.9)
+    for world in (1, 2):
+        folder = tmp_path / f"of {world}"
+        files = []
+        for rank in range(world):
+            learner.ranks = Ranks(rank=rank, world=world)
+            files += learner.save(folder)
+        assert sorted(files) == sorted(folder.iterdir())
+        assert len(files) == 5 * world + 1, "two networks, two optimizers, an average; one JSON"
 
 
 def test_a_state_of_another_model_is_refused(new_learner, tmp_path):

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from distrl.models import attention
 from distrl.models.compiling import compile_layers
 from distrl.models.packing import pack
-from tests.models.test_packing import KINDS, close, new_model, read
+from tests.models.test_packing import KINDS, NARROW_VALUES, close, new_model, read
 
 pytestmark = pytest.mark.slow  # the kernel is compiled first
 CPU = torch.device("cpu")
@@ -96,6 +96,15 @@ def test_what_it_is_not_made_for_is_an_error(heads, groups, size, kind):
         attention.attention(q, k, v, starts.to(kind), 0.3)
 
 
+@pytest.mark.parametrize("change", ["narrower", "fewer tokens", "fewer heads"])
+def test_keys_and_values_that_differ_are_an_error(change):
+    """It would read past their rows."""
+    q, k, v, starts, _ = tensors([7], 4, 2, 32)
+    v = {"narrower": v[:, :, :16], "fewer tokens": v[:6], "fewer heads": v[:, :1]}[change]
+    with pytest.raises(ValueError, match="sizes must be the same"):
+        attention.attention(q, k, v, starts, 0.3)
+
+
 def test_scores_may_be_large_and_far_apart():
     """Without its maximum taken off, e to the score would be infinite or 0."""
     q, k, v, starts, grad = tensors([40, 9], 2, 2, 32, spread=100.0)
@@ -103,6 +112,23 @@ def test_scores_may_be_large_and_far_apart():
     wanted = formula(q, k, v, starts, 1.0)
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
     assert all(x.isfinite().all() for x in torch.autograd.grad(found, (q, k, v), grad))
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, -1, 0x7F800001])
+@pytest.mark.parametrize("damaged", ["query", "key"])
+def test_what_is_not_a_number_stays_so(damaged, bits):
+    """Whichever of the many bits it has: whoever reads a damaged model has to see it."""
+    q, k, v, starts, _ = tensors([20, 40, 9], 2, 2, 32)
+    clean = attention.attention(q, k, v, starts, 0.3)
+    token = 20 + 21  # neither its sequence's nor its block's first
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    with torch.no_grad():
+        {"query": q, "key": k}[damaged][token, :, 5] = nan
+    found = attention.attention(q, k, v, starts, 0.3)
+    places = torch.arange(69)
+    sees = (places == token) if damaged == "query" else (places >= token) & (places < 60)
+    assert found[sees].isnan().all()
+    assert torch.equal(found[~sees], clean[~sees])
 
 
 def test_tensors_may_lie_in_memory_as_they_like():
@@ -156,12 +182,23 @@ def test_gradients_are_as_near_the_truth_as_torchs(kind):
 
 @pytest.mark.parametrize(("size", "dtype"), [(8, torch.float32), (32, torch.float64)])
 def test_other_models_keep_torchs(size, dtype):
-    assert not attention.takes(torch.zeros(3, 4, size, dtype=dtype))
+    heads = torch.zeros(3, 4, size, dtype=dtype)
+    assert not attention.takes(heads, heads)
     model = new_model(hidden_size=4 * size).to(dtype)
     padded, _ = read(model, IDS_BL, CHOSEN_BL)
     assert pack(model)
     packed, _ = read(model, IDS_BL, CHOSEN_BL)
     close(packed, padded)
+
+
+def test_a_model_of_narrower_values_keeps_torchs():
+    model = new_model(**NARROW_VALUES)
+    padded, padded_grads = read(model, IDS_BL, CHOSEN_BL)
+    assert pack(model)
+    packed, packed_grads = read(model, IDS_BL, CHOSEN_BL)
+    close(packed, padded)
+    for mine, theirs in zip(packed_grads, padded_grads, strict=True):
+        close(mine / theirs.abs().max(), theirs / theirs.abs().max())
 
 
 def test_where_it_does_not_compile_attention_is_torchs(monkeypatch, tmp_path, caplog):
@@ -171,4 +208,4 @@ def test_where_it_does_not_compile_attention_is_torchs(monkeypatch, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         attention.build()
     assert "did not compile" in caplog.text
-    assert not attention.takes(torch.zeros(3, 4, 32))
+    assert not attention.takes(torch.zeros(3, 4, 32), torch.zeros(3, 4, 32))

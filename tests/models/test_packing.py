@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
-from distrl.models import compiling
+from distrl.models import compiling, packing
 from distrl.models.compiling import compile_layers
 from distrl.models.packing import PACKED, is_packed, pack, token_states
 from distrl.models.sharding import shard
@@ -37,6 +40,19 @@ def new_model(kind: str = "llama", **more):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **sizes)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+NARROW_VALUES = {
+    "kind": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 2,  # no experts
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+"""A model whose heads of queries are 48 wide and those of values 32."""
 
 
 @pytest.fixture
@@ -181,9 +197,30 @@ def test_a_packed_model_is_otherwise_what_it_was(ids_BL):
         close(mine[rows], theirs[rows])
 
 
+@pytest.mark.parametrize(
+    ("size", "values", "kind", "takes"),
+    [
+        (64, 64, torch.bfloat16, True),
+        (256, 256, torch.float16, True),
+        (48, 32, torch.bfloat16, False),
+        (36, 36, torch.bfloat16, False),
+        (264, 264, torch.bfloat16, False),
+        (64, 64, torch.float32, False),
+    ],
+)
+def test_the_variable_length_kernel_gets_what_it_is_made_for(size, values, kind, takes):
+    query, value = (
+        cast(Tensor, SimpleNamespace(is_cuda=True, dtype=kind, shape=(1, 4, 8, width)))
+        for width in (size, values)
+    )
+    assert packing._flashes(query, value) == takes
+
+
 @pytest.mark.gpu
-def test_the_variable_length_kernel_agrees(ids_BL):
-    model, padded_model = new_model(hidden_size=256), new_model(hidden_size=256)
+@pytest.mark.parametrize("sizes", [{"hidden_size": 256}, NARROW_VALUES])
+def test_the_variable_length_kernel_agrees(sizes, ids_BL):
+    """Or torch's own attention, where values are narrower."""
+    model, padded_model = new_model(**sizes), new_model(**sizes)
     assert pack(model)
     args = (ids_BL.cuda(), chosen_BL().cuda())
     padded, padded_grads = read(padded_model.cuda().bfloat16(), *args)
