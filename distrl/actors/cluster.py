@@ -27,6 +27,8 @@ from distrl.config import Config
 from distrl.errors import UserError
 from distrl.generate.engine import SOCKETS
 
+log = logging.getLogger(__name__)
+
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local clusters: rollouts are small and short-lived."""
 
@@ -141,6 +143,7 @@ def _start_here(config: Config, scratch: str) -> None:
                     "'ray start --head --block' shows them. A machine that is busy with something "
                     "else may be too slow, and a full one ('free', 'df /dev/shm /tmp') lets none in"
                 ) from error
+            log.warning("Ray did not come up in its time on this busy machine; it is begun anew")
 
 
 def _end_node(scratch: str) -> None:

@@ -245,7 +245,7 @@ def test_a_node_that_ray_gives_up_is_begun_anew() -> None:
 
 @pytest.mark.parametrize(("why", "tries"), [("it timed out", 3), ("/tmp is full", 1)])
 def test_a_node_that_does_not_start_is_told(
-    monkeypatch: pytest.MonkeyPatch, why: str, tries: int
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str, tries: int
 ) -> None:
     """Begun anew while there is time, where time was what it lacked."""
     tried = []
@@ -261,3 +261,4 @@ def test_a_node_that_does_not_start_is_told(
     with pytest.raises(PlacementError, match=word), connected(Config()):
         pytest.fail("started nothing")
     assert len(tried) == tries
+    assert caplog.text.count("it is begun anew") == tries - 1
