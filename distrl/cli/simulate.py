@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,11 @@ def run(about: str, argv: list[str]) -> int:
         raise SystemExit(0)
     options, doubt = _options(own.source, about, rest)
     base = options.config.model_dump(mode="json")
-    configs = [validated(merged(base, _nested(point))) for point in _points(own.sweep)]
-    swept = list(dict.fromkeys(name for sweep in own.sweep for name, _ in [_swept(sweep)]))
-    points = [{name: _value(config, name) for name in swept} for config in configs]
+    axes = dict(map(_swept, own.sweep))
+    if len(axes) < len(own.sweep):
+        raise ConfigError("--sweep names a setting twice: give all its values to one, NAME=V1,V2")
+    configs = [validated(merged(base, _nested(point))) for point in _points(axes)]
+    points = [{name: _value(config, name) for name in axes} for config in configs]
     if own.out.exists() and not own.out.is_dir():
         raise ConfigError(f"--out {own.out} is a file; name a folder")
     if options.dry_run:
@@ -81,14 +83,14 @@ def run(about: str, argv: list[str]) -> int:
     _show(results, Console())
     if doubt:
         print(f"--from {own.source}: {doubt}")
-    for remark in _remarks(swept, configs):
+    for remark in _remarks(axes, configs):
         print(remark)
     with writing("the figures", own.out, "simulate again, or name another --out"):
         _write(own.out, results)
     return 0 if all(report is None or report.holds for _, _, report in results) else 1
 
 
-def _remarks(swept: Sequence[str], configs: Sequence[Config]) -> Iterator[str]:
+def _remarks(swept: Iterable[str], configs: Sequence[Config]) -> Iterator[str]:
     """What of the settings a simulation cannot take as a real run does."""
     if any(config.driver.max_staleness == "auto" for config in configs):
         yield (
@@ -142,13 +144,10 @@ def _shortened(values: Any) -> Any:
     return values
 
 
-def _points(sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _points(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """Every combination of the swept values, by dotted name."""
-    axes = []
-    for name, values in map(_swept, sweeps):
-        axes.append([(name, None if value == "None" else value) for value in values])
-    for combination in itertools.product(*axes):
-        yield dict(combination)
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
 
 
 def _swept(sweep: str) -> tuple[str, list[Any]]:
@@ -160,7 +159,7 @@ def _swept(sweep: str) -> tuple[str, list[Any]]:
         found = None
     if not found:
         raise ConfigError(f"--sweep {sweep}: should be NAME=V1,V2,...")
-    return SHORT.get(name, name), found
+    return SHORT.get(name, name), [None if value == "None" else value for value in found]
 
 
 def _value(config: Config, name: str) -> Any:

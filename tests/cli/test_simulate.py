@@ -132,6 +132,7 @@ def test_what_a_run_cannot_tell_of_its_engines_is_said(tmp_path, capsys):
     [
         (["--sweep", "generators"], "should be NAME=V1,V2"),
         (["--sweep", "max_staleness=0,["], "--sweep max_staleness=0,[: should be NAME=V1,V2"),
+        (["--sweep", "scorers=1", "--sweep", "score.workers=2"], "names a setting twice"),
         (["--sweep", "driver.nothing=1,2"], "no such setting"),
         (["--from", "nowhere"], "has no config.yaml; --from takes a run directory"),
         (["--simulate.jitter", "-1"], "simulate.jitter"),
