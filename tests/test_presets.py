@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from functools import reduce
 from typing import Any
 
 import pytest
 
 from distrl.config import PRESETS, Config, ConfigError, preset_path, read_yaml
+from distrl.config.whole import TRAINED_MODEL_RATES
 
 GAE = {"learn.advantage.kind": "gae", "learn.advantage.gamma": 1.0, "learn.advantage.lam": 0.95}
 CLIP = {
@@ -231,6 +233,14 @@ def test_the_first_estimator_is_refused_only_where_its_gradient_would_have_to_ho
 
 def rates(config: Config) -> tuple[float, float, float, float]:
     return config.sft.lr, config.reward_model.lr, config.learn.lr, config.learn.critic_lr
+
+
+def test_help_names_the_rates_of_a_trained_model() -> None:
+    for section, found in TRAINED_MODEL_RATES.items():
+        fields = type(getattr(Config(), section)).model_fields
+        for name, rate in found.items():
+            told = re.search(r"with model\.path, (\S+) unless set", fields[name].description)
+            assert told and float(told[1]) == rate, f"{section}.{name}"
 
 
 def test_a_model_from_elsewhere_learns_at_rates_for_a_trained_one() -> None:
