@@ -107,12 +107,15 @@ def total(rows: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows)
 
 
-def largest(rows: Sequence[dict[str, Any]], name: str) -> float:
-    """Of the rows that have it. Raises KeyError where none has."""
+def mismatch(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
+    """Engine against learner on tokens of the learner's own version, nats: the largest of the
+    steps' means, and of how many steps. With generation ahead of the learner few have such tokens.
+    Raises KeyError where none has."""
+    name = "mismatch/lag0_abs_mean"
     found = [row[name] for row in rows if name in row]
     if not found:
         raise KeyError(f"no row of the run has {name}; is it of an older distrl? Run it anew")
-    return max(found)
+    return max(found), f"mean over a step's tokens, {len(found)} of {len(rows)} steps have any"
 
 
 def plot_rewards(

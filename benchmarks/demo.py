@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from common import GIB, ROOT, distrl, largest, memory_watch, metrics, report, stopwatch
+from common import GIB, ROOT, distrl, memory_watch, metrics, mismatch, report, stopwatch
 
 
 def main() -> None:
@@ -34,8 +34,7 @@ def main() -> None:
     bound = 1
     gain, kl = evaluation["gain"], evaluation["measures"]["kl"]["after"]
     judge = evaluation["measures"]["judge"]["change"]
-    lag0 = largest(rows, "mismatch/lag0_abs_mean")
-    of = f"mean over a step's tokens, largest of {len(rows)} steps"
+    lag0, of = mismatch(rows)
     oldest = max(row["staleness/max"] for row in rows)
     checks = {
         "reward gain, SFT stds >= 1.5": (gain["value"] >= 1.5 and gain["low"] > 0, _ci(gain)),
@@ -43,10 +42,7 @@ def main() -> None:
         "judge gain >= 0.3": (judge["value"] >= 0.3 and judge["low"] > 0, _ci(judge)),
         "RM accuracy, gap > 0.5 >= 74 %": (accuracy["0.5"]["value"] >= 0.74, _ci(accuracy["0.5"])),
         "RM accuracy, gap > 2 >= 81 %": (accuracy["2"]["value"] >= 0.81, _ci(accuracy["2"])),
-        f"lag-0 mismatch, {of} <= 1e-4": (
-            lag0 <= 1e-4,
-            f"{lag0:.1e}",
-        ),
+        f"lag-0 mismatch ({of}) <= 1e-4": (lag0 <= 1e-4, f"{lag0:.1e}"),
         f"oldest token <= {bound} version": (oldest <= bound, f"{oldest:.0f}"),
         "minutes <= 12": (times["demo"] <= 720, f"{times['demo'] / 60:.1f}"),
         "memory, PSS GiB <= 8": (

@@ -8,7 +8,7 @@ human ratings first. Threshold, set before the first run: 16 GiB.
 
 from __future__ import annotations
 
-from common import GIB, ROOT, distrl, largest, memory_watch, metrics, report, stopwatch, total
+from common import GIB, ROOT, distrl, memory_watch, metrics, mismatch, report, stopwatch, total
 
 NAME = "benchmark-smollm2"
 
@@ -20,8 +20,7 @@ def main() -> None:
     rows = metrics(ROOT / "runs" / NAME)
     ok = memory.peak_bytes <= 16 * GIB
     rewards = [row["reward/mean"] for row in rows]
-    gap = largest(rows, "mismatch/lag0_abs_mean")
-    of = f"mean over a step's tokens, largest of {len(rows)} steps"
+    gap, of = mismatch(rows)
     report(
         "SmolLM2-135M-Instruct",
         {
@@ -29,7 +28,7 @@ def main() -> None:
             "PPO steps": f"{len(rows)} in {total(rows, 'time/step') / 60:.1f} minutes",
             "reward, first and last": f"{rewards[0]:.2f}, {rewards[-1]:.2f}",
             "KL, last (nats)": f"{rows[-1]['kl/ref']:.2f}",
-            f"lag-0 mismatch, {of}": f"{gap:.1e}",
+            f"lag-0 mismatch ({of})": f"{gap:.1e}",
             "memory, PSS GiB <= 16": f"{'ok  ' if ok else 'MISS'} {memory.peak_bytes / GIB:.2f}",
         },
         "python benchmarks/smollm2.py",
