@@ -170,6 +170,16 @@ class Checkpoints:
             )
         return None
 
+    def newest_state(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says, without a look at its files; None where there is none
+        that can be read."""
+        for step in reversed(self.committed()):
+            try:
+                return _manifest(self._path(step), step)["state"]
+            except _Torn:
+                continue
+        return None
+
     def committed(self) -> list[int]:
         """Steps with a commit marker, oldest first; their files are not verified."""
         return [step for step in self._steps() if (self._path(step) / MARKER).exists()]
@@ -255,6 +265,14 @@ def _write_marker(folder: Path, manifest: bytes) -> None:
 
 def _verify(folder: Path, step: int) -> dict[str, Any]:
     """The state of the checkpoint in `folder`. Raises _Torn at the first thing amiss."""
+    body = _manifest(folder, step)
+    for name, expected in body["files"].items():
+        _verify_file(folder / name, name, expected)
+    return body["state"]
+
+
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    """What was committed in `folder`. Raises _Torn, or CheckpointError at a newer distrl's."""
     marker, manifest = _read(folder, MARKER), _read(folder, MANIFEST)
     if hashlib.sha256(manifest).hexdigest().encode() != marker:
         raise _Torn(f"{MANIFEST} is not the one that {MARKER} was written for")
@@ -266,9 +284,7 @@ def _verify(folder: Path, step: int) -> dict[str, Any]:
         )
     if body["step"] != step:
         raise _Torn(f"{MANIFEST} is of step {body['step']}; was the folder renamed?")
-    for name, expected in body["files"].items():
-        _verify_file(folder / name, name, expected)
-    return body["state"]
+    return body
 
 
 def _verify_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:

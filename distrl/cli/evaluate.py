@@ -18,6 +18,7 @@ from distrl.actors.launch import learner_spec
 from distrl.actors.process import tail
 from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli.options import Options
+from distrl.cli.origin import check_same_start, policy_origin
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import policy_folder, reward_model_folder
 from distrl.config import Config, ConfigError
@@ -56,6 +57,7 @@ def evaluate(config: Config) -> Comparison:
     """
     directory = RunDir(config.run.dir)
     before = policy_folder(config)
+    check_same_start(directory, policy_origin(config, before), "a comparison with it")
     with candidate(config, directory) as (name, after):
         prompts = held_out_prompts(config, before)
         label = "PPO" if config.evaluate.policy is None else name

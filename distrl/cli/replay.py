@@ -34,11 +34,17 @@ def run(about: str, argv: list[str]) -> int:
     directory = RunDir(options.run.resolve())
     config = config_of(directory)
     from distrl.actors.launch import learner_spec
+    from distrl.cli.origin import check_same_start, origin_of
     from distrl.cli.stages import policy_folder, reward_model_folder
     from distrl.learn.record import length, recorded
     from distrl.learn.replay import replay
+    from distrl.score.compose import with_default_part
 
     next(recorded(directory.recording))  # a clear error before the models are loaded
+    policy, reward_model = policy_folder(config), reward_model_folder(config)
+    scored = with_default_part(config.score, (reward_model or policy).resolve())
+    began = origin_of(config.model_copy(update={"score": scored}), policy)
+    check_same_start(directory, began, "a replay")
     total = min(length(directory.recording), options.until or sys.maxsize)
     with (
         tempfile.TemporaryDirectory(prefix="distrl-replay-") as scratch,
@@ -46,8 +52,8 @@ def run(about: str, argv: list[str]) -> int:
     ):
         spec = learner_spec(
             config,
-            policy_folder(config),
-            reward_model_folder(config),
+            policy,
+            reward_model,
             Path(scratch),
             pretrain=directory.pretrain,
         )

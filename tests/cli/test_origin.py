@@ -13,8 +13,17 @@ from typing import Any
 import pytest
 
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir, RunDirError
+from distrl.cli import main
 from distrl.cli.options import Options
-from distrl.cli.origin import BLOCK, BLOCKS, check_origin, model_digest, origin_of
+from distrl.cli.origin import (
+    BLOCK,
+    BLOCKS,
+    changed,
+    check_origin,
+    check_same_start,
+    model_digest,
+    origin_of,
+)
 from distrl.cli.train import train
 from distrl.config import Config, dump_yaml
 from distrl.models.folder import META_FILE
@@ -71,6 +80,45 @@ def test_what_changed_is_said(tmp_path: Path) -> None:
     assert "reward model" not in str(told.value) and "another --run.name" in str(told.value)
     with pytest.raises(RunDirError, match="another reward model 'r' than"):
         check_origin(checkpoint, then | {"reward model 'r'": "x"})
+
+
+def test_a_chat_template_is_part_of_what_prompts_say(tiny_policy: Path, tmp_path: Path) -> None:
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")
+    plain = recipe(tmp_path, policy)
+    rows = plain.data.model_copy(update={"chat": True})
+    chat = plain.model_copy(update={"data": rows})
+    template = policy / "chat_template.jinja"
+    found = []
+    for text in ("{{ messages[0].content }}", "{{ messages[0].content }}!"):
+        template.write_text(text)
+        found.append((origin_of(plain, policy), origin_of(chat, policy)))
+    (plain_before, before), (plain_after, after) = found
+    assert plain_before == plain_after
+    assert changed({"origin": before}, after) == "chat template"
+    assert changed({"origin": plain_before}, after) == "", "an earlier version says nothing of it"
+
+
+@pytest.mark.parametrize("command", ["replay {run}", "evaluate --run.name r --run.root {root}"])
+def test_a_run_is_looked_at_with_what_it_began_with(
+    command: str,
+    tiny_policy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = recipe(tmp_path, tiny_policy)
+    run = RunDir(settings.run.dir)
+    with run.claim(dump_yaml(settings)):
+        run.begin()
+    monkeypatch.setattr("distrl.learn.record.recorded", lambda _: iter([1]))
+    now = origin_of(settings, tiny_policy)
+    for step, began in ((1, now), (2, now | {"policy": "another"})):
+        with Checkpoints(run.checkpoints).write(step, {"origin": began}) as folder:
+            (folder / "x").write_text("x")
+    assert main(command.format(run=run.path, root=tmp_path).split()) == 1
+    assert "began with another policy" in capsys.readouterr().err
+    (run.checkpoints / "step_000002" / "manifest.json").write_text("{}")
+    check_same_start(run, now, "the newest that can be read")
 
 
 @pytest.fixture
