@@ -99,6 +99,10 @@ class ScoreConfig(Section):
     workers: int = Field(default=1, ge=1, description="scorer actors")
     cpus: float = Field(default=0.25, ge=0, description="CPU cores of each")
     gpus: float = Field(default=0, ge=0, description="GPUs of each")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the reward models' weights and arithmetic; their heads keep float32",
+    )
     parts: tuple[RewardPart, ...] = Field(
         default=(), description="empty: the run's own reward model with weight 1"
     )

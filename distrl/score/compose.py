@@ -147,6 +147,7 @@ def _reward(
         tokenizer,
         batch_tokens=config.batch_tokens,
         device=best_device() if config.gpus else "cpu",
+        dtype=config.dtype,
         crew=crew,
         compile=config.compile,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from distrl.data.batching import (
@@ -24,6 +25,7 @@ from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fing
 from distrl.models import ScalarModel, eos_id, reward_input
 from distrl.models.compiling import compile_layers
 from distrl.models.crew import ALONE, Crew
+from distrl.models.load import as_dtype
 from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s, Rollout
 from distrl.roles import ScoreFailed
@@ -52,11 +54,12 @@ class ModelReward:
         compile: bool = False,
     ) -> None:
         """Load the model in `folder`. `tokenizer` is the policy's; `crew`'s forward passes hold at
-        most `batch_tokens` together (a longer sequence goes alone); `compile`: its layers, at the
-        first pass. Raises ModelError."""
+        most `batch_tokens` together (a longer sequence goes alone); `dtype`: of its body, the
+        head stays in float32; `compile`: its layers, at the first pass. Raises ModelError."""
         self.name = name
-        self.model = ScalarModel.load(folder, dtype).to(device)
-        self._packed = pack(self.model.body)
+        self.model = ScalarModel.load(folder).to(device)
+        self._packed = pack(self.model.body)  # tried in float32, which tells rounding from a fault
+        nn.Module.to(self.model.body, as_dtype(dtype))
         if compile:
             compile_layers(self.model, torch.device(device))
         self.batch_tokens, self.crew = batch_tokens, crew

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from distrl.config import ModelConfig
+from distrl.config import ModelConfig, RewardPart, ScoreConfig
 from distrl.data.tokenizer import encode_example, tokenizer_fingerprint, train_tokenizer
 from distrl.models import ScalarModel, new_llama
 from distrl.models.crew import Crew
 from distrl.records import FinishReason, Prompt, Rollout, Sample, VersionSpan
 from distrl.roles import ScoreFailed
-from distrl.score import ModelReward
+from distrl.score import ModelReward, RewardSum
 
 CONFIG = ModelConfig(hidden=32, layers=1, heads=1, vocab=300, context=24)
 
@@ -93,6 +93,17 @@ def test_a_crew_shares_the_passes_and_each_sequence_gets_its_own_score(folder, t
     unlike = [np.arange(3, 3 + n, dtype=np.int32) for n in (1, 1, 1, 1, 12, 12, 12)]
     shared.score_ids(unlike)  # a third pass would wait, and fail
     crew.close()
+
+
+def test_half_precision_rounds_the_scores_and_keeps_the_head(folder, tokenizer, reward):
+    config = ScoreConfig(dtype="bfloat16", parts=(RewardPart(name="rm", model=str(folder)),))
+    (half,) = RewardSum.of(config, tokenizer).rewards
+    assert isinstance(half, ModelReward)
+    assert {weight.dtype for weight in half.model.body.parameters()} == {torch.bfloat16}
+    assert half.model.head.weight.dtype == half.model.gain.dtype == torch.float32
+    rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (7, 2, 9, 4, 12, 1, 5, 3)]
+    gap = np.abs(half.score_ids(rows) - reward.score_ids(rows))
+    assert 0 < gap.max() < 0.05
 
 
 @pytest.mark.slow
