@@ -296,7 +296,7 @@ class StepReport:
         step: learner steps taken so far, this one included (1 after the first).
         version: the version of the weights that came of it.
         skipped: True where a non-finite loss or gradient kept the weights as they were.
-        metrics: flat names of DESIGN's table to finite numbers.
+        metrics: the names of `metrics/names.py` to finite numbers.
     """
 
     step: int

@@ -56,7 +56,6 @@ class Audit:
     Attributes:
         drops: dropped prompts by reason.
         retries: attempts that failed and were tried again, by reason.
-        rolled_back: attempts that a resume undid.
         waste: reason → (attempts, response tokens, generator seconds) that went into no gradient.
     """
 

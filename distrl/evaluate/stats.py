@@ -27,10 +27,6 @@ class Interval:
     low: float
     high: float
 
-    def excludes(self, number: float) -> bool:
-        """Whether `number` lies outside."""
-        return not self.low <= number <= self.high
-
 
 def mean(values_PN: Floats, *, resamples: int, seed: int) -> Interval:
     """The mean over prompts and samples."""

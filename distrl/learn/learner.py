@@ -1,7 +1,6 @@
 """The learner: owns the policy, the critic and their optimizers, in one process.
 
-`PolicyLearner` is plain and synchronous; `local.py` has the `Learner` role around it for one
-process, and the Ray actor forwards to it likewise.
+`PolicyLearner` is plain and synchronous; the Ray actor of the `Learner` role forwards to it.
 """
 
 from __future__ import annotations

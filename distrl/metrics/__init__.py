@@ -7,7 +7,7 @@ the console and W&B are copies that may lag, drop rows or be missing altogether.
 from distrl.metrics.console import ConsoleSink, StageProgress, stage_progress
 from distrl.metrics.jsonl import JSONLSink, MetricsError, read_jsonl, rewind, rewind_run
 from distrl.metrics.names import METRICS, unknown_names
-from distrl.metrics.sinks import Cell, ListSink, MultiSink, NullSink, Sink, Value
+from distrl.metrics.sinks import Cell, ListSink, MultiSink, Sink, Value
 from distrl.metrics.wandb_sink import WandbSink, new_run_id
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "ListSink",
     "MetricsError",
     "MultiSink",
-    "NullSink",
     "Sink",
     "StageProgress",
     "Value",

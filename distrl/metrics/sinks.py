@@ -1,4 +1,4 @@
-"""Where metrics go: the protocol, several sinks as one, and the ones for tests."""
+"""Where metrics go: the protocol, several sinks as one, and one for tests."""
 
 from __future__ import annotations
 
@@ -29,21 +29,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Write out what is left."""
         ...
-
-
-class NullSink:
-    """Forgets everything."""
-
-    def log(self, step: int, values: Mapping[str, Value]) -> None:
-        pass
-
-    def table(
-        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
-    ) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class ListSink:

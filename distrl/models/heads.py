@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distrl.models.folder import META_FILE, replacing
-from distrl.models.load import ModelError, as_dtype, check_finite, checked_folder, context_of
+from distrl.models.load import ModelError, check_finite, checked_folder, context_of
 from distrl.models.packing import is_packed, token_states
 from distrl.records import Int32s
 
@@ -142,8 +142,8 @@ class ScalarModel(nn.Module):
             (new / META_FILE).write_text(json.dumps({**meta, **scale}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path | str, dtype: str | torch.dtype = "float32") -> ScalarModel:
-        """What `save` wrote, on the CPU in evaluation mode; the head stays in float32.
+    def load(cls, folder: Path | str) -> ScalarModel:
+        """What `save` wrote, on the CPU in evaluation mode and in float32.
 
         Raises ModelError where the folder is not one that `save` wrote.
         """
@@ -153,7 +153,7 @@ class ScalarModel(nn.Module):
             head = load_file(folder / HEAD_FILE)
             body = AutoModel.from_pretrained(
                 folder,
-                dtype=as_dtype(dtype),
+                dtype=torch.float32,
                 attn_implementation="sdpa",
                 local_files_only=True,
                 trust_remote_code=False,

@@ -14,12 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from distrl.data.batching import (
-    balanced,
-    micro_batches,
-    pad_right,
-    token_budget_batches,
-)
+from distrl.data.batching import balanced, micro_batches, pad_right, token_budget_batches
 from distrl.data.rows import Messages
 from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fingerprint
 from distrl.models import ScalarModel, eos_id, reward_input
@@ -131,10 +126,6 @@ class ModelReward:
                 parts = micro_batches(theirs, budget)
             yield from ([share[place] for place in part] for part in parts)
 
-    def score_texts(self, texts: Sequence[tuple[str | Messages, str]]) -> Float32s:
-        """[N] float32 scores of (prompt, response) texts, encoded by this model's tokenizer."""
-        return self.score_ids([self._encode(prompt, response) for prompt, response in texts])
-
     def _sequences(self, rollout: Rollout) -> list[Int32s]:
         prompt = rollout.prompt
         if self.re_encodes:
@@ -146,7 +137,7 @@ class ModelReward:
     def _encode(self, prompt: str | Messages, response: str) -> Int32s:
         """All of it: what is too long to be read is refused, never cut."""
         ids, _ = encode_example(self._tokenizer, prompt, response, sys.maxsize)
-        return np.asarray(ids, dtype=np.int32)
+        return ids
 
     def _checked(self, rollout: Rollout, values: list[float]) -> list[float] | ScoreFailed:
         if np.isfinite(values).all():

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from distrl.config import ScoreConfig
 from distrl.models.crew import ALONE, Crew
-from distrl.records import GroupInfo, Parcel, Rollout, ScoredInfo, ScoredRollout
+from distrl.records import GroupInfo, Parcel, ScoredInfo, ScoredRollout
 from distrl.roles import HeldUp, NeverScored, RoleError, ScoreFailed, WorkerDied
 from distrl.score.batch import Batch
 from distrl.score.compose import RewardSum
@@ -92,15 +91,6 @@ class LocalScorer:
             merits=tuple(s.merit for s in scored.scores if s.merit is not None),
         )
         return Parcel(info=info, payload=scored)
-
-    def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """The same for whoever has no event loop (evaluation). Raises the first ScoreFailed."""
-        out = []
-        for scored in self._rewards.score(rollouts):
-            if isinstance(scored, ScoreFailed):
-                raise scored
-            out.append(scored)
-        return out
 
     async def restart(self) -> None:
         """Leave a thread that hangs to itself, and fail what waits. A thread cannot be killed:

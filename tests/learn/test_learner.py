@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import math
@@ -18,7 +17,6 @@ from distrl.actors.workers import LearnerActor
 from distrl.algo import largest_gain
 from distrl.learn.experience import to_experience
 from distrl.learn.learner import PolicyLearner
-from distrl.learn.local import LocalLearner
 from distrl.learn.measure import by_age
 from distrl.learn.prepare import prepare
 from distrl.learn.ranks import Ranks
@@ -387,16 +385,10 @@ def test_an_export_loads_in_transformers(new_learner, make_groups, tmp_path):
     assert tokenizer("a good film").input_ids == learner.tokenizer("a good film").input_ids
 
 
-async def test_the_role_forwards_to_the_learner(new_learner, make_groups, tmp_path):
+def test_it_may_be_closed_twice(new_learner):
     learner = new_learner()
-    role = LocalLearner(learner)
-    report = await role.learn(make_groups(seed=1))
-    assert report.version == 1 and (await role.publish()).version == 1
-    await role.save(tmp_path / "state")
-    await role.export(tmp_path / "policy")
-    await role.load(tmp_path / "state")
-    assert learner.version == 1
-    await asyncio.gather(role.close(), role.close())
+    learner.close()
+    learner.close()
 
 
 # -- does it learn? -------------------------------------------------------------------

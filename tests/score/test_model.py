@@ -159,9 +159,9 @@ def test_a_cut_response_is_read_at_an_end_of_sequence_token(reward, tokenizer):
 
 
 def test_texts_and_ids_agree(reward, tokenizer):
-    scores_N = reward.score_texts([("a good", " film"), ("", "a bad film")])
+    whole, _ = encode_example(tokenizer, "a good", " film", 24)
     (scores,) = reward.scores([rollout(tokenizer, "a good", " film")])
-    assert scores_N[0] == pytest.approx(scores[0], abs=1e-6)
+    assert reward.score_ids([whole])[0] == pytest.approx(scores[0], abs=1e-6)
     assert reward.score_ids([]).shape == (0,)
 
 
@@ -199,7 +199,7 @@ def test_a_text_beyond_the_context_fails_too_and_is_not_cut(folder, tokenizer, t
     assert isinstance(fine, list)
     assert isinstance(failure, ScoreFailed) and "1 to 24 tokens" in str(failure)
     with pytest.raises(ValueError, match="1 to 24 tokens"):
-        reward.score_texts([("a", "x" * 40)])
+        reward.score_ids([np.arange(25, dtype=np.int32)])
 
 
 def test_a_column_called_messages_is_not_the_prompt(folder, tokenizer, tmp_path):

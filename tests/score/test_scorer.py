@@ -232,9 +232,3 @@ async def test_a_caller_that_goes_away_does_not_disturb_the_others():
     await asyncio.sleep(0.02)
     gone.cancel()
     assert (await stays).info.rewards == (2.0, 2.0)
-
-
-def test_evaluation_scores_without_a_loop():
-    made = scorer(Slow())
-    (scored,) = made.score_rollouts([parcel(4).payload])
-    assert scored.scores[0].value == 4.0
