@@ -25,7 +25,7 @@ from distrl.driver.fleet import Spawn
 from distrl.driver.ledger import Ledger, Step
 from distrl.driver.ports import CheckpointStore, RolloutsHook
 from distrl.driver.roll import Roller
-from distrl.driver.row import Durations, Row, Stopwatch, batch_row, duration_row, staleness_row
+from distrl.driver.row import Row, Stopwatch, batch_row, staleness_row
 from distrl.driver.staleness import Age, StalenessRule, check_ages
 from distrl.driver.state import LEARNER_FOLDER, Progress, Start
 from distrl.metrics.sinks import Sink
@@ -133,19 +133,21 @@ class LearnLoop:
         await self._settled()
         idle_s += watch.lap()
         weights = None if self.stopping or report.skipped else await self._publish()
-        durations = Durations(
-            step=self._since_row.lap(), idle=idle_s, learn=learn_s, publish=watch.lap()
-        )
+        step_s, publish_s = self._since_row.lap(), watch.lap()
         row = {
             **batch_row(batch, consumed_s),
             **staleness_row(batch, ages, version, self._bound_of(batch)),
-            **duration_row(durations),
+            # What is in none of the other three went to the hook of rollouts, or to a checkpoint.
+            "time/step": step_s,
+            "time/idle_learner": idle_s,
+            "time/learn": learn_s,
+            "time/publish": publish_s,
             **ahead,
-            **self._driver_row(durations.step),
+            **self._driver_row(step_s),
             **report.metrics,
         }
         self._move_bound(report)
-        self._settling = self.spawn(self._settle(weights, len(batch), row, durations.publish))
+        self._settling = self.spawn(self._settle(weights, len(batch), row, publish_s))
         await self._after(batch)
 
     async def _settle(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,17 +13,6 @@ from distrl.driver.staleness import Age
 from distrl.metrics.sinks import Value
 
 Row = dict[str, Value]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Durations:
-    """Seconds of one learner step; `step` runs from the end of the step before. What is in none of
-    the others went to the hook of rollouts, or to a checkpoint."""
-
-    step: float
-    idle: float
-    learn: float
-    publish: float
 
 
 class Stopwatch:
@@ -83,14 +71,4 @@ def staleness_row(
         "staleness/in_flight": in_flight / total,
         "staleness/in_buffer": mean - in_flight / total,
         "staleness/masked_tokens": sum(age.masked for age in ages),
-    }
-
-
-def duration_row(durations: Durations) -> Row:
-    """Where the time of the step went."""
-    return {
-        "time/step": durations.step,
-        "time/idle_learner": durations.idle,
-        "time/learn": durations.learn,
-        "time/publish": durations.publish,
     }
