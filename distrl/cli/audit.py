@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,9 @@ def newest_state(directory: RunDir) -> dict[str, Any]:
 def show(report: Audit, console: Console) -> None:
     """The findings, the counts, and what was thrown away."""
     table = Table("", "promise", "seen", title="Audit")
-    for verdict, promise, told in _lines(report):
-        table.add_row(verdict, promise, escape(told), style="red" if verdict == "BROKEN" else None)
+    for finding in report.findings:
+        verdict, style = ("holds", None) if finding.holds else ("BROKEN", "red")
+        table.add_row(verdict, finding.promise, escape(_told(finding)), style=style)
     console.print(table)
     console.print(", ".join(f"{name}: {count:,}" for name, count in report.counts.items()))
     if not report.waste:
@@ -62,18 +62,13 @@ def show(report: Audit, console: Console) -> None:
     console.print(thrown)
 
 
-def _lines(report: Audit) -> Iterable[tuple[str, str, str]]:
-    """(verdict, promise, what was seen or who broke it) for each finding."""
-    for finding in report.findings:
-        yield ("holds" if finding.holds else "BROKEN", finding.promise, _told(finding))
-
-
 def _told(finding: Finding) -> str:
+    """What was seen, and who broke the promise."""
     if finding.holds:
         return finding.seen
     shown = list(finding.offenders[:SHOWN])
-    if more := len(finding.offenders) - SHOWN:
-        shown += [f"… and {more} more"] if more > 0 else []
+    if (more := len(finding.offenders) - SHOWN) > 0:
+        shown.append(f"… and {more} more")
     return f"{finding.seen}; {len(finding.offenders)} breaches:\n" + "\n".join(shown)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def exactly_once(db: sqlite3.Connection) -> Finding:
     dropped = "SELECT idx, reason FROM attempts WHERE ended = 'dropped' AND undone IS NULL"
     for index, reason in db.execute(dropped):
         fates[index].append(f"dropped ({reason})")
-    frontier = _frontier(db)
+    frontier = _newest(db, "cursor")  # below it every prompt must be settled
     wrong = []
     for index in range(max(frontier, max(issued, default=-1) + 1)):
         settled = fates.get(index, [])
@@ -136,23 +136,17 @@ def exactly_once(db: sqlite3.Connection) -> Finding:
     )
 
 
-def _frontier(db: sqlite3.Connection) -> int:
-    """Below it every prompt must be settled: the newest checkpoint's cursor."""
-    found = db.execute("SELECT max(cursor) FROM checkpoints WHERE undone IS NULL").fetchone()[0]
-    return found or 0
-
-
 def one_gradient(db: sqlite3.Connection) -> Finding:
     """No attempt, hence no sample, went into two gradient steps."""
     rows = db.execute(
-        "SELECT idx, attempt, count(*), group_concat(step) FROM trainings WHERE undone IS NULL "
+        "SELECT idx, attempt, group_concat(step) FROM trainings WHERE undone IS NULL "
         "GROUP BY idx, attempt HAVING count(*) > 1 ORDER BY idx"
     )
     unknown = db.execute(
         "SELECT t.step, t.idx, t.attempt FROM trainings t LEFT JOIN attempts a "
         "ON a.idx = t.idx AND a.attempt = t.attempt WHERE a.admitted_s IS NULL"
     )
-    wrong = [f"prompt {i}, attempt {a}: in steps {steps}" for i, a, _, steps in rows]
+    wrong = [f"prompt {i}, attempt {a}: in steps {steps}" for i, a, steps in rows]
     wrong += [f"step {s} trained on prompt {i}, attempt {a}, never admitted" for s, i, a in unknown]
     total = db.execute("SELECT count(*) FROM trainings WHERE undone IS NULL").fetchone()[0]
     return Finding(
@@ -165,7 +159,7 @@ def one_gradient(db: sqlite3.Connection) -> Finding:
 def young_enough(db: sqlite3.Connection) -> Finding:
     """No token was older than the bound at its gradient, but for those masked out of it."""
     rows = db.execute(
-        "SELECT t.step, t.idx, s.sample, s.spans, t.masked, x.version, x.bound FROM trainings t "
+        "SELECT t.step, t.idx, s.spans, t.masked, x.version, x.bound FROM trainings t "
         "JOIN steps x ON x.step = t.step AND x.undone IS NULL "
         "JOIN samples s ON s.idx = t.idx AND s.attempt = t.attempt "
         "WHERE t.undone IS NULL ORDER BY t.step, t.idx"
@@ -173,7 +167,7 @@ def young_enough(db: sqlite3.Connection) -> Finding:
     tokens, oldest = 0, 0
     over: dict[tuple[int, int], list[int]] = {}
     allowed: dict[tuple[int, int], int] = {}
-    for step, index, _, spans, masked, version, bound in rows:
+    for step, index, spans, masked, version, bound in rows:
         allowed[step, index] = masked
         for span in spans_of(spans):
             age, length = version - span.version, span.end - span.start
@@ -239,7 +233,7 @@ def metrics_complete(db: sqlite3.Connection, metrics: Path, committed: int) -> F
     """
     taken = [r[0] for r in db.execute("SELECT step FROM steps WHERE undone IS NULL ORDER BY step")]
     logged, wrong = _steps_logged(metrics, needed=bool(taken))
-    last, committed = max(taken, default=0), max(committed, _committed(db))
+    last, committed = max(taken, default=0), max(committed, _newest(db, "step"))
     rowless = {s for s in taken if s > max(logged, default=0) and s > last - WITHOUT_ROW}
     unwritten = set() if _ended(db) else {s for s in logged if s > last}
     rowless, unwritten = ({s for s in some if s > committed} for some in (rowless, unwritten))
@@ -262,10 +256,10 @@ def metrics_complete(db: sqlite3.Connection, metrics: Path, committed: int) -> F
     )
 
 
-def _committed(db: sqlite3.Connection) -> int:
-    """The step of the newest checkpoint that the ledger knows of."""
-    found = db.execute("SELECT max(step) FROM checkpoints WHERE undone IS NULL").fetchone()[0]
-    return found or 0
+def _newest(db: sqlite3.Connection, column: Literal["step", "cursor"]) -> int:
+    """Of the newest checkpoint that the ledger knows of; 0 where there is none."""
+    query = f"SELECT max({column}) FROM checkpoints WHERE undone IS NULL"
+    return db.execute(query).fetchone()[0] or 0
 
 
 def _ended(db: sqlite3.Connection) -> bool:
