@@ -92,7 +92,8 @@ class ActorHandle:
         if actor is None:
             return
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
-            await asyncio.wait_for(_result(actor.close.remote()), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await actor.close.remote()
         ray.kill(actor)
 
     async def alive(self, reference: Any) -> Any:
@@ -371,10 +372,6 @@ class LearnerHandle(ActorHandle):
         if failures:
             raise failures[0]
         return [answer.result() for answer in answers]
-
-
-async def _result(reference: Any) -> Any:
-    return await reference
 
 
 def _first_line(error: BaseException) -> str:

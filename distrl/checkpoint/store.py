@@ -86,7 +86,7 @@ class Checkpoints:
         final = self._path(step)
         if final.exists():
             try:
-                _verify(final, step)
+                _verified(final, step)
             except _Torn as torn:
                 logger.warning("replacing checkpoint %s: %s", final, torn)
             else:
@@ -136,9 +136,7 @@ class Checkpoints:
         """The checkpoint of `step`, every file hashed. Raises CheckpointError where there is none
         or it is not whole; the message lists those there are."""
         try:
-            return Checkpoint(
-                step=step, path=self._path(step), state=_verify(self._path(step), step)
-            )
+            return _verified(self._path(step), step)
         except _Torn as torn:
             there = ", ".join(map(str, self.committed())) or "none"
             raise CheckpointError(
@@ -156,7 +154,7 @@ class Checkpoints:
         for step in reversed(steps):
             path = self._path(step)
             try:
-                return Checkpoint(step=step, path=path, state=_verify(path, step))
+                return _verified(path, step)
             except _Torn as error:
                 torn.append(f"{path.name}: {error}")
                 self._torn.add(step)
@@ -263,12 +261,12 @@ def _write_marker(folder: Path, manifest: bytes) -> None:
     _fsync(folder)
 
 
-def _verify(folder: Path, step: int) -> dict[str, Any]:
-    """The state of the checkpoint in `folder`. Raises _Torn at the first thing amiss."""
+def _verified(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint in `folder`. Raises _Torn at the first thing amiss."""
     body = _manifest(folder, step)
     for name, expected in body["files"].items():
         _verify_file(folder / name, name, expected)
-    return body["state"]
+    return Checkpoint(step=step, path=folder, state=body["state"])
 
 
 def _manifest(folder: Path, step: int) -> dict[str, Any]:

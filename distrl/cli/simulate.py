@@ -174,13 +174,9 @@ def _nested(point: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} becomes {"a": {"b": 1}}."""
     out: dict[str, Any] = {}
     for name, value in point.items():
-        tree: dict[str, Any] = {}
-        inner = tree
-        *sections, field = name.split(".")
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[field] = value
-        out = merged(out, tree)
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        out = merged(out, value)
     return out
 
 

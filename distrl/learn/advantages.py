@@ -8,7 +8,7 @@ named `learn.advantage.kind: mypackage.mymodule:mine`, takes the place of a buil
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, zeros_like
 
@@ -81,14 +81,10 @@ def estimate(outcome: Outcome, config: AdvantageConfig) -> Advantages:
     Raises ConfigError where it names a function that is not there, answers with something else, or
     (one of the user's own) fails.
     """
-    rewards_BT, mask_BT = outcome.rewards_BT, outcome.mask_BT
+    mask_BT = outcome.mask_BT
     if config.whiten_rewards:
-        outcome = Outcome(
-            rewards_BT=masked_whiten(rewards_BT, mask_BT, shift_mean=False),
-            values_BT=outcome.values_BT,
-            mask_BT=mask_BT,
-            samples=outcome.samples,
-        )
+        whitened_BT = masked_whiten(outcome.rewards_BT, mask_BT, shift_mean=False)
+        outcome = replace(outcome, rewards_BT=whitened_BT)
     estimated = estimator(config.kind)
     with blamed(config.kind, "learn.advantage.kind"):
         found = estimated(outcome, config)
@@ -103,7 +99,7 @@ def estimate(outcome: Outcome, config: AdvantageConfig) -> Advantages:
         )
     if not config.whiten:
         return found
-    return Advantages(advantages=masked_whiten(found.advantages, mask_BT), returns=found.returns)
+    return replace(found, advantages=masked_whiten(found.advantages, mask_BT))
 
 
 def estimator(kind: str) -> Estimator:

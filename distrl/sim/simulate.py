@@ -6,7 +6,6 @@ import asyncio
 import gc
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,7 +187,7 @@ def _outcome(
 ) -> Outcome:
     seconds = sum(float(row["time/step"]) for _, row in sink.rows)
     everyone = {"generators": generators, "scorers": scorers, "learner": [learner]}
-    total = sum(learner.ages.values())
+    total = learner.ages.total()
     return Outcome(
         seconds=seconds,
         real_s=real_s,
@@ -200,14 +199,10 @@ def _outcome(
             role: max(0.0, 1 - sum(one.busy_s for one in roles) / (len(roles) * seconds))
             for role, roles in everyone.items()
         },
-        ages=_shares(learner.ages, total),
+        ages={age: learner.ages[age] / total for age in sorted(learner.ages)},
         wasted_tokens=int(sink.rows[-1][1]["waste/tokens"]) if sink.rows else 0,
         restarts=summary.restarts,
         drops=sum(summary.drops.values()),
         rows=tuple(sink.rows),
         retries=int(sink.rows[-1][1]["driver/retries"]) if sink.rows else 0,
     )
-
-
-def _shares(ages: Counter[int], total: int) -> dict[int, float]:
-    return {age: ages[age] / total for age in sorted(ages)}
