@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import cache
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from distrl.config import ConfigError
+from distrl.config import resolve
 from distrl.errors import UserError
 
 Judge = Callable[[str], float]
@@ -37,19 +36,11 @@ def resolve_judge(path: str) -> Judge:
     Raises ConfigError where there is none; the judge itself raises JudgeFailed, never
     a number in place of a failure.
     """
-    module_name, _, name = path.partition(":")
-    if not (module_name and name):
-        raise ConfigError(f"evaluate.judge={path!r} is not of the form module:function")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigError(f"evaluate.judge={path!r} cannot be imported: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"evaluate.judge={path!r} is not a function")
+    function = resolve(path, "evaluate.judge")
 
     def judge(text: str) -> float:
         try:
-            value = float(function(text))  # pyright: ignore[reportArgumentType]
+            value = float(function(text))
         except Exception as error:  # a user's function may raise anything
             raise JudgeFailed(
                 f"evaluate.judge={path} raised {type(error).__name__}: {error}; {MEND}"
