@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from distrl.data.smollm2 import resolve_model
 from distrl.data.sources import (
     REVIEWS,
     Demonstration,
+    PromptRow,
     check_prompts,
     load_demonstrations,
     load_prompts,
@@ -66,15 +66,15 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
     Functions that reward are tried on a prompt. Without a row for the evaluation a run goes on,
     with a word, unless it `evaluates` itself. Raises DataError or ConfigError.
     """
-    _, prompts = _readers(config)
+    tokenizer = _known_tokenizer(config)
     check_demonstrations(config)
     if trains_reward_model(config):
         check_comparisons(config)
-    rows = prompts("train")
+    rows = _prompts(config, "train", tokenizer)
     if rows:
         check_rewards(config, PromptStream(rows, seed=config.run.seed).next())
     try:
-        prompts("test")
+        _prompts(config, "test", tokenizer)
     except NoRows as error:
         if evaluates:
             raise
@@ -106,33 +106,35 @@ def check_demonstrations(config: Config) -> None:
 
 def check_comparisons(config: Config) -> None:
     """Read what a reward model is trained and judged on, before the stage before it."""
-    compare, _ = _readers(config)
+    from distrl.learn.reward_model import comparisons, read_groups
+
+    tokenizer = _known_tokenizer(config)
     for split in STAGE_SPLITS:
-        compare(split)
+        if tokenizer is None:
+            comparisons(config, split)
+        else:
+            read_groups(config, split, tokenizer)
 
 
 def check_reference_prompts(config: Config) -> None:
     """Read the prompts on which a reward model's scale is measured, before any stage. Where the
     tokenizer is not there yet, how long they are is left to the stage itself."""
-    _, prompts = _readers(config)
-    prompts("train")
+    _prompts(config, "train", _known_tokenizer(config))
 
 
-def _readers(config: Config) -> tuple[Callable[[Split], Any], Callable[[Split], Any]]:
-    """What reads a split's comparisons, and its prompts, as far as the tokenizer is there."""
-    from distrl.learn.reward_model import comparisons, read_groups
+def _prompts(config: Config, split: Split, tokenizer: Any) -> list[PromptRow]:
+    """A split's prompts; without a tokenizer they are looked at as far as they can be, and none
+    comes back."""
+    if tokenizer is not None:
+        return load_prompts(config.data, tokenizer, split)
+    check_prompts(config.data, split)
+    return []
 
+
+def _known_tokenizer(config: Config) -> Any:
+    """The tokenizer that the policy will have; None where it is made yet."""
     folder = known_policy(config)
-    if folder is not None:
-        tokenizer = load_tokenizer(folder)
-        return (
-            lambda split: read_groups(config, split, tokenizer),
-            lambda split: load_prompts(config.data, tokenizer, split),
-        )
-    return (
-        lambda split: comparisons(config, split),
-        lambda split: check_prompts(config.data, split),
-    )
+    return None if folder is None else load_tokenizer(folder)
 
 
 def known_policy(config: Config) -> Path | None:
