@@ -108,7 +108,7 @@ class _Maker:
         spec = EngineSpec(
             model=self.policy,
             config=config.generate,
-            max_model_len=config.generate.max_model_len or config.sequence_tokens,
+            max_model_len=config.engine_tokens,
             seed=sampler_seed(config.run.seed, place, self.step),
             cores=generator_cores(config, place),
         )

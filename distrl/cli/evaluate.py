@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrl.actors.launch import learner_spec
-from distrl.actors.process import tail
+from distrl.actors.process import log_to, tail
 from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli.options import Options
 from distrl.cli.origin import check_same_start, policy_origin
@@ -195,14 +195,10 @@ async def _compare(
 def output_to(path: Path) -> Iterator[None]:
     """Within it, what this process and its children print goes to `path` (appended): the
     engine's log is for a file, the table for the screen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     streams = (sys.stdout, sys.stderr)
     kept = [os.dup(stream.fileno()) for stream in streams]
     try:
-        with path.open("ab") as log:
-            for stream in streams:
-                stream.flush()
-                os.dup2(log.fileno(), stream.fileno())
+        log_to(path)
         yield
     finally:
         for stream, old in zip(streams, kept, strict=True):
@@ -215,7 +211,7 @@ def _spec(config: Config, policy: Path) -> EngineSpec:
     return EngineSpec(
         model=policy,
         config=config.generate,
-        max_model_len=config.generate.max_model_len or config.sequence_tokens,
+        max_model_len=config.engine_tokens,
         seed=config.run.seed,
     )
 

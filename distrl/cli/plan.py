@@ -39,7 +39,7 @@ def _limits(config: Config) -> Table:
             f"{config.samples_per_step * config.generate.max_new_tokens:,}"
         ),
         "slots (groups under way, at most)": (
-            f"{config.slots} = (lead {driver.steps_ahead} + 1) x {driver.prompts_per_step}"
+            f"{driver.slots} = (lead {driver.steps_ahead} + 1) x {driver.prompts_per_step}"
             + (f" - window {driver.window}" if driver.window else "")
         ),
         "longest sequence": f"{config.sequence_tokens} tokens",
@@ -108,6 +108,5 @@ def parameters(config: Config) -> int:
 
         return numbers_in(folder)
     model = config.model
-    wide = -(-model.hidden * 8 // (3 * 64)) * 64
-    layer = 4 * model.hidden**2 + 3 * model.hidden * wide + 2 * model.hidden
+    layer = 4 * model.hidden**2 + 3 * model.hidden * model.feed_forward + 2 * model.hidden
     return model.vocab * model.hidden + model.layers * layer + model.hidden

@@ -188,7 +188,7 @@ def check_context(config: Config) -> None:
     context = positions(folder)
     check_weights(folder)
     check_kind(folder)
-    longest = max(config.sequence_tokens, config.generate.max_model_len or 0)
+    longest = config.engine_tokens
     if context is not None and longest > context:
         raise ConfigError(
             f"data.max_prompt_tokens + generate.max_new_tokens (or generate.max_model_len) = "

@@ -114,7 +114,7 @@ class Config(Section):
                 "sft.epochs=0 takes the policy as it is, and without model.path there is none; "
                 "name one, or set sft.epochs to 1 or more"
             )
-        longest = self.generate.max_model_len or self.sequence_tokens
+        longest = self.engine_tokens
         if self.model.path is None and longest > self.model.context:
             raise ConfigError(
                 f"generate.max_model_len={longest} is beyond model.context={self.model.context}"
@@ -225,6 +225,11 @@ class Config(Section):
         return self.data.max_prompt_tokens + self.generate.max_new_tokens
 
     @property
+    def engine_tokens(self) -> int:
+        """Tokens that an engine can hold of a sequence, no fewer than the longest has."""
+        return self.generate.max_model_len or self.sequence_tokens
+
+    @property
     def sft_tokens(self) -> int:
         """Where an SFT example is cut: `sft.max_tokens`, or the longest sequence of the run."""
         return self.sft.max_tokens or self.sequence_tokens
@@ -234,11 +239,6 @@ class Config(Section):
         """Where the reward model's training texts are cut: `reward_model.max_tokens`, or the
         longest sequence of the run."""
         return self.reward_model.max_tokens or self.sequence_tokens
-
-    @property
-    def slots(self) -> int:
-        """Groups that may be under way at once."""
-        return self.driver.slots
 
 
 def _divisors(n: int) -> list[int]:

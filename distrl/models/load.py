@@ -47,19 +47,14 @@ def best_device() -> torch.device:
 def new_llama(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> LlamaForCausalLM:
-    """A Llama from nothing, float32, with tied embeddings; the seed alone decides its weights.
-
-    The feed-forward width is 8/3 of the hidden size, rounded up to a multiple of 64, which
-    makes three gated matrices as large as two plain ones of 4x (Shazeer 2020, "GLU Variants
-    Improve Transformer").
-    """
+    """A Llama from nothing, float32, with tied embeddings; the seed alone decides its weights."""
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        intermediate_size=-(-config.hidden * 8 // (3 * 64)) * 64,
+        intermediate_size=config.feed_forward,
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
         bos_token_id=cast(int, tokenizer.bos_token_id),
