@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distrl.algo import lr_factor
+from distrl.config import RewardModelConfig, SFTConfig
 from distrl.errors import UserError
 from distrl.models.crew import ALONE, Crew, Gradients, hand_over
 
@@ -60,40 +61,36 @@ def train(
     module: nn.Module,
     batches_of_epoch: Callable[[int], Sequence[Sequence[Item]]],
     loss: Callable[[nn.Module, Sequence[Item]], Loss],
+    settings: SFTConfig | RewardModelConfig,
     *,
-    epochs: int,
-    lr: float,
-    warmup: float,
-    weight_decay: float,
-    grad_clip: float,
     on_step: OnStep,
     on_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {},
     crew: Crew = ALONE,
 ) -> TrainReport:
-    """Train `module` for some epochs; it is left in evaluation mode.
+    """Train `module` for `settings.epochs`; it is left in evaluation mode.
 
-    The learning rate warms up over the share `warmup` of all steps and falls as a cosine to
-    10 % of `lr` (InstructGPT, appendix C). Dropout is off, as in the learner: what threads draw
-    would depend on who comes first. `on_step(step, total, metrics)` is called after
+    The learning rate warms up over the share `settings.warmup` of all steps and falls as a cosine
+    to 10 % of `settings.lr` (InstructGPT, appendix C). Dropout is off, as in the learner: what
+    threads draw would depend on who comes first. `on_step(step, total, metrics)` is called after
     each step, and once more with what `on_epoch(epoch)` answers at an epoch's end; both count
     from 1. Nothing here is random: the batches and the module decide the outcome.
 
     Raises TrainingFailed after three non-finite steps in a row, and where there is no batch.
     """
-    plan = [batches_of_epoch(epoch) for epoch in range(epochs)]
+    plan = [batches_of_epoch(epoch) for epoch in range(settings.epochs)]
     total = sum(len(batches) for batches in plan)
     if not total:
         raise TrainingFailed("there is not one batch to train on; is the training split empty?")
-    optimizer = adamw(module, lr, weight_decay)
-    warm, step, skipped, in_a_row = round(warmup * total), 0, 0, 0
+    optimizer = adamw(module, settings.lr, settings.weight_decay)
+    warm, step, skipped, in_a_row = round(settings.warmup * total), 0, 0, 0
     seen = _Mean()
     module.eval()
     for epoch, batches in enumerate(plan):
         seen = _Mean()
         for batch in batches:
-            rate = lr * lr_factor(step, total, "cosine", warm)
+            rate = settings.lr * lr_factor(step, total, "cosine", warm)
             answer = _with_gradients(module, batch, loss, crew)
-            norm = _step(module, optimizer, answer.mean, rate, grad_clip)
+            norm = _step(module, optimizer, answer.mean, rate, settings.grad_clip)
             value = answer.mean.item()
             step += 1
             if norm is None:

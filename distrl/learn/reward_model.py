@@ -106,29 +106,19 @@ def run_reward_model(
             model,
             lambda epoch: batches(groups, settings.groups_per_step, seed + epoch),
             lambda _, batch: group_loss(model, batch, settings),
-            epochs=settings.epochs,
-            lr=settings.lr,
-            warmup=settings.warmup,
-            weight_decay=settings.weight_decay,
-            grad_clip=settings.grad_clip,
+            settings,
             on_step=on_step,
             crew=crew,
         )
     quality = judge(model, held_out, seed, across=on_one_scale(config.data))
-    try:
-        gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
-    except ValueError as error:
-        raise TrainingFailed(
-            f"the reward model cannot be put on a scale: {error}. Are its ratings any different?"
-        ) from error
-    model.normalise(float(gain), float(bias))
+    put_on_scale(model, samples)
     report = RewardReport(
         steps=trained.steps,
         skipped=trained.skipped,
         train_loss=trained.loss,
         held_out=quality,
-        gain=float(gain),
-        bias=float(bias),
+        gain=float(model.gain),
+        bias=float(model.bias),
         reference_samples=len(samples),
         examples=sum(len(group.ids) for group in groups),
         truncated=cut + cut_held_out,
@@ -204,7 +194,7 @@ def encode(
             whole, _ = encode_example(tokenizer, row.prompt, response, max_tokens)
             cut += int(whole[-1]) != eos
             kept = whole if int(whole[-1]) == eos else whole[: max_tokens - 1]
-            ids.append(reward_input(np.asarray(kept, np.int32), eos))
+            ids.append(reward_input(kept, eos))
         ratings_K = np.asarray(row.ratings, dtype=np.float32)
         groups.append(Group(prompt=row.prompt, ids=tuple(ids), ratings_K=ratings_K))
     return groups, cut
@@ -284,6 +274,18 @@ def forward_rows(module: ScalarModel, rows: Sequence[Int32s], budget: int) -> Te
 def score_rows(model: ScalarModel, rows: Sequence[Int32s]) -> Float32s:
     """[N] float32 scores of reward inputs, in order."""
     return forward_rows(model, rows, EVALUATION_TOKENS).cpu().numpy()
+
+
+def put_on_scale(model: ScalarModel, samples: Sequence[Int32s]) -> None:
+    """Have the scores of `samples` mean 0 and deviation 1. Raises TrainingFailed where they are all
+    equal."""
+    try:
+        gain, bias = normalisation(torch.from_numpy(score_rows(model, samples)))
+    except ValueError as error:
+        raise TrainingFailed(
+            f"the reward model cannot be put on a scale: {error}. Are its ratings any different?"
+        ) from error
+    model.normalise(float(gain), float(bias))
 
 
 def judge(model: ScalarModel, groups: Sequence[Group], seed: int, *, across: bool) -> Agreement:

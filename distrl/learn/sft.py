@@ -101,11 +101,7 @@ def run_sft(config: Config, out: Path, on_step: OnStep = lambda *_: None) -> SFT
             model,
             lambda epoch: batches(examples, config.sft.batch_tokens, config.run.seed + epoch),
             next_token_loss,
-            epochs=config.sft.epochs,
-            lr=config.sft.lr,
-            warmup=config.sft.warmup,
-            weight_decay=config.sft.weight_decay,
-            grad_clip=config.sft.grad_clip,
+            config.sft,
             on_step=on_step,
             on_epoch=at_epoch_end,
             crew=crew,
@@ -149,7 +145,7 @@ def encode(
         ids, prompt_tokens = encode_example(tokenizer, row.prompt, row.response, max_tokens)
         cut += int(ids[-1]) != eos_id(tokenizer)
         if len(ids) > prompt_tokens:
-            examples.append(Example(ids=np.asarray(ids, np.int32), prompt_tokens=prompt_tokens))
+            examples.append(Example(ids=ids, prompt_tokens=prompt_tokens))
     return examples, cut
 
 
@@ -173,7 +169,7 @@ def collate(batch: Sequence[Example], device: torch.device) -> tuple[Tensor, Ten
     ids_BT, lengths_B = pad_right([e.ids for e in batch], 0)
     place_T = np.arange(ids_BT.shape[1])
     first_B = np.array([max(e.prompt_tokens, 1) for e in batch])
-    targets_BT = (place_T >= first_B[:, None]) & (place_T < np.asarray(lengths_B)[:, None])
+    targets_BT = (place_T >= first_B[:, None]) & (place_T < lengths_B[:, None])
     to = partial(torch.as_tensor, device=device)
     return to(ids_BT, dtype=torch.long), to(targets_BT)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distrl.config import SFTConfig
 from distrl.learn.loop import Loss, TrainingFailed, adamw, train
 from distrl.models.crew import Crew
 
@@ -28,9 +29,8 @@ def run(batches, *, loss=quadratic, epochs=1, module=None, **more):
         module,
         lambda epoch: [[target] for target in batches],
         loss,
-        epochs=epochs,
+        SFTConfig(epochs=epochs, **{**SETTINGS, **more}),
         on_step=lambda step, total, metrics: seen.append((step, total, dict(metrics))),
-        **{**SETTINGS, **more},
     )
     return module, report, seen
 
@@ -94,10 +94,9 @@ def test_a_crew_comes_to_what_one_thread_does_and_to_the_same_bits_every_time(si
             module,
             lambda epoch: batches,
             quadratic,
-            epochs=2,
+            SFTConfig(epochs=2, **SETTINGS),
             on_step=lambda *row: seen.append(row[2]),
             crew=crew,
-            **SETTINGS,
         )
         rows = [(row["loss"], row["gap"], row["grad_norm"]) for row in seen if "loss" in row]
         return module.weight.detach(), rows
@@ -145,10 +144,9 @@ def test_the_epoch_s_metrics_are_reported():
         nn.Linear(2, 1),
         lambda epoch: [[1.0]] * (epoch + 1),
         quadratic,
-        epochs=2,
+        SFTConfig(epochs=2, **SETTINGS),
         on_step=lambda *row: seen.append(row),
         on_epoch=lambda epoch: {"epoch": epoch},
-        **SETTINGS,
     )
     assert [row for row in seen if "epoch" in row[2]] == [
         (1, 3, {"epoch": 1}),
