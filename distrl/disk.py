@@ -1,4 +1,5 @@
-"""What the disk does not take: one error that says what could not be written, where and why."""
+"""Files that are written whole, and what the disk does not take: one error that says what could not
+be written, where and why."""
 
 from __future__ import annotations
 
@@ -46,6 +47,13 @@ def writing(what: str, where: Path, then: str, needs: int = 0) -> Iterator[None]
             f"{what} could not be written to {where}: {os.strerror(number)}{asked}"
             f"{_remedy(number, where)}, then {then}"
         ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name, which is then its own."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def full(error: BaseException) -> bool:

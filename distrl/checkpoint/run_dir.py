@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from distrl.disk import writing
+from distrl.disk import write_whole, writing
 from distrl.errors import UserError
 
 # What a resumed run may change: how long, where and how watched, never what is learned.
@@ -151,9 +151,7 @@ class RunDir:
                 self._delete_progress()
             for folder in (self.checkpoints, self.logs, self.tables):
                 folder.mkdir(exist_ok=True)
-            temporary = self.path / "config.yaml.tmp"
-            temporary.write_text(self._config_yaml)
-            temporary.replace(self.config)
+            write_whole(self.config, self._config_yaml)
         return self
 
     def check(self, config_yaml: str, *, resume: bool, fresh: bool) -> None:

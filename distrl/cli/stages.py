@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,12 @@ from distrl.checkpoint import RunDir, RunDirError
 from distrl.checkpoint.run_dir import flat
 from distrl.config import Config, ConfigError, dump_yaml, resolve
 from distrl.data.smollm2 import resolve_model
+from distrl.disk import write_whole
 from distrl.learn.allocator import return_freed_memory
-from distrl.metrics import stage_progress
+from distrl.metrics import StageProgress, stage_progress
 
 if TYPE_CHECKING:
+    from distrl.learn.loop import OnStep
     from distrl.learn.reward_model import RewardReport
 
 
@@ -58,9 +62,7 @@ class Stage:
                 )
 
     def finish(self) -> None:
-        temporary = self.folder / "stage.json.tmp"
-        temporary.write_text(json.dumps(self.settings, indent=1))
-        temporary.replace(self.folder / "stage.json")
+        write_whole(self.folder / "stage.json", json.dumps(self.settings, indent=1))
 
     def clear(self, cause: str = "--fresh") -> None:
         """Make room for another outcome; of one that was finished, say why it goes: `cause`, unless
@@ -230,7 +232,7 @@ def ensure_sft(config: Config, *, fresh: bool = False) -> None:
         return
     reward_stage(config).clear("it came of the SFT policy that is made anew")
     stage.clear()
-    with _Progress(stage.title) as on_step:
+    with _progress(stage.title) as on_step:
         report = run_sft(config, stage.folder, on_step)
     stage.finish()
     return_freed_memory()
@@ -277,7 +279,7 @@ def make_reward_model(config: Config, *, fresh: bool = False) -> None:
         stage.tell_of_newer(config)
         return
     stage.clear()
-    with _Progress(stage.title) as on_step:
+    with _progress(stage.title) as on_step:
         report = run_reward_model(config, policy_folder(config), stage.folder, on_step)
     stage.finish()
     return_freed_memory()
@@ -303,24 +305,17 @@ def _accuracy(report: RewardReport) -> str:
     )
 
 
-class _Progress:
-    """A progress bar that learns its length from the first step."""
+@contextmanager
+def _progress(title: str) -> Iterator[OnStep]:
+    """Progress of a stage that knows its length with its first step."""
+    with ExitStack() as stack:
+        tick: StageProgress | None = None
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._context: Any = None
-        self._tick: Any = None
+        def on_step(step: int, total: int, values: Mapping[str, float]) -> None:
+            nonlocal tick
+            if tick is None:
+                tick = stack.enter_context(stage_progress(title, total))
+            if values:
+                tick(step, values)
 
-    def __enter__(self) -> Any:
-        return self._step
-
-    def _step(self, step: int, total: int, values: Any) -> None:
-        if self._context is None:
-            self._context = stage_progress(self._title, total)
-            self._tick = self._context.__enter__()
-        if values:
-            self._tick(step, values)
-
-    def __exit__(self, *raised: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*raised)
+        yield on_step

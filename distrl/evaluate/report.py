@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distrl.disk import write_whole
 from distrl.evaluate.compare import Comparison
 from distrl.evaluate.policy import EvaluationRow
 from distrl.evaluate.stats import Interval
@@ -92,9 +93,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
     """`evaluation.json`: every number of the table, and every response of both policies."""
     body: dict[str, Any] = asdict(comparison)
     body["prompts"] = len(comparison.before.prompt_ids)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(body, indent=1, allow_nan=False))
-    temporary.replace(path)
+    write_whole(path, json.dumps(body, indent=1, allow_nan=False))
 
 
 class NothingToPlot(ValueError):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from distrl.disk import write_whole
 
-def write_report(report: Any, folder: Path) -> Path:
-    """Write the dataclass `report` to `folder/report.json`, whole or not at all."""
+
+def write_report(report: Any, folder: Path) -> None:
+    """Write the dataclass `report` to `folder/report.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.json"
-    new = folder / ".report.json.new"
-    new.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    os.replace(new, path)
-    return path
+    text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+    write_whole(folder / "report.json", text)
