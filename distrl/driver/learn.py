@@ -26,7 +26,7 @@ from distrl.driver.ledger import Ledger, Step
 from distrl.driver.ports import CheckpointStore, RolloutsHook
 from distrl.driver.roll import Roller
 from distrl.driver.row import Row, Stopwatch, batch_row, staleness_row
-from distrl.driver.staleness import Age, StalenessRule, check_ages
+from distrl.driver.staleness import StalenessRule, check_ages
 from distrl.driver.state import LEARNER_FOLDER, Progress, Start
 from distrl.metrics.sinks import Sink
 from distrl.records import StepReport, Weights
@@ -121,13 +121,13 @@ class LearnLoop:
     async def _step(self, batch: list[Landed], idle_s: float) -> None:
         consumed_s = self.clock()
         version = self.progress.version
-        ages = check_ages(batch, version, self.rule)
+        masked = check_ages(batch, version, self.rule)
         watch = Stopwatch(self.clock)
         self.progress.doing = f"in the learner's step {self.progress.step + 1}"
         report = await self.learner.learn(
             [landed.parcel.payload for landed in batch], oldest=self.rule.masks_below(version)
         )
-        self._count(batch, ages, report)
+        self._count(batch, masked, report)
         self.roller.version_changed()
         learn_s, ahead = watch.lap(), self._ahead_row()
         await self._settled()
@@ -136,7 +136,7 @@ class LearnLoop:
         step_s, publish_s = self._since_row.lap(), watch.lap()
         row = {
             **batch_row(batch, consumed_s),
-            **staleness_row(batch, ages, version, self._bound_of(batch)),
+            **staleness_row(batch, masked, version, self._bound_of(batch)),
             # What is in none of the other three went to the hook of rollouts, or to a checkpoint.
             "time/step": step_s,
             "time/idle_learner": idle_s,
@@ -168,7 +168,7 @@ class LearnLoop:
             self.progress.doing = f"waiting for the generators, which load version {version}"
             await self._settling
 
-    def _count(self, batch: list[Landed], ages: list[Age], report: StepReport) -> None:
+    def _count(self, batch: list[Landed], masked: list[int], report: StepReport) -> None:
         progress = self.progress
         due = (progress.step + 1, progress.version + (not report.skipped))
         if (report.step, report.version) != due:
@@ -184,7 +184,7 @@ class LearnLoop:
                 bound=self._bound_of(batch),
             ),
             [landed.index for landed in batch],
-            [age.masked for age in ages],
+            masked,
         )
         progress.step, progress.version = due
         progress.samples += sum(len(landed.parcel.info.group.lengths) for landed in batch)

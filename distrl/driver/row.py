@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distrl.driver.buffer import Landed
-from distrl.driver.staleness import Age
 from distrl.metrics.sinks import Value
 
 Row = dict[str, Value]
@@ -47,15 +46,15 @@ def batch_row(batch: Sequence[Landed], consumed_s: float) -> Row:
 
 
 def staleness_row(
-    batch: Sequence[Landed], ages: Sequence[Age], version: int, max_staleness: int
+    batch: Sequence[Landed], masked: Sequence[int], version: int, max_staleness: int
 ) -> Row:
     """Ages, in versions, of the tokens that reach the gradient of a learner at `version`, as their
-    generators stamped them. A learner that looks at the tokens themselves reports its own figures,
-    which take the place of these.
+    generators stamped them; `masked` of each group do not. A learner that looks at the tokens
+    themselves reports its own figures, which take the place of these.
     """
     hist, in_flight = Counter[int](), 0
-    for landed, age in zip(batch, ages, strict=True):
-        floor = version - landed.bound if age.masked else -math.inf
+    for landed, left_out in zip(batch, masked, strict=True):
+        floor = version - landed.bound if left_out else -math.inf
         for span in (span for spans in landed.parcel.info.group.spans for span in spans):
             if span.version >= floor:
                 tokens = span.end - span.start
@@ -70,5 +69,5 @@ def staleness_row(
         "staleness/hist": [hist[age] for age in range(max(oldest, max_staleness) + 1)],
         "staleness/in_flight": in_flight / total,
         "staleness/in_buffer": mean - in_flight / total,
-        "staleness/masked_tokens": sum(age.masked for age in ages),
+        "staleness/masked_tokens": sum(masked),
     }

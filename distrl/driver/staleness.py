@@ -1,4 +1,4 @@
-"""Staleness: what is too old for a gradient, and where an age came from.
+"""Staleness: what is too old for a gradient.
 
 Age of a token = learner's version at the gradient − version that sampled it. With a lead of
 `max_staleness` admission makes a breach impossible (`admission.py` has the proof), and the check
@@ -54,22 +54,8 @@ class StalenessRule:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Age:
-    """Age of a group's oldest token that reaches the gradient, in versions: what passed in
-    flight and what in the buffer; and how many tokens are masked as older than the bound."""
-
-    in_flight: int
-    in_buffer: int
-    masked: int = 0
-
-    @property
-    def versions(self) -> int:
-        return self.in_flight + self.in_buffer
-
-
-def check_ages(batch: Sequence[Landed], version: int, rule: StalenessRule) -> list[Age]:
-    """The age of each group at a learner of `version`.
+def check_ages(batch: Sequence[Landed], version: int, rule: StalenessRule) -> list[int]:
+    """How many tokens of each group are masked, as older than its bound, at a learner of `version`.
 
     Raises StalenessBreach where a token is older than the bound and not masked, or was stamped
     with a version that the learner has not reached.
@@ -77,16 +63,13 @@ def check_ages(batch: Sequence[Landed], version: int, rule: StalenessRule) -> li
     return [_check(landed, version, rule) for landed in batch]
 
 
-def _check(landed: Landed, version: int, rule: StalenessRule) -> Age:
-    group = landed.parcel.info.group
-    oldest, masked, floor = group.oldest_version, 0, version - landed.bound
-    if oldest < floor and rule.on_stale == "mask" and group.newest_version >= floor:
-        masked = tokens_below(group, floor)
-        oldest = min(s.version for spans in group.spans for s in spans if s.version >= floor)
-    if oldest < floor:
+def _check(landed: Landed, version: int, rule: StalenessRule) -> int:
+    group, floor = landed.parcel.info.group, version - landed.bound
+    masks = rule.on_stale == "mask" and group.newest_version >= floor
+    if group.oldest_version < floor and not masks:
         raise StalenessBreach(
             f"group {group.index} (prompt {group.prompt_id!r}, {group.generator}) has a token of "
-            f"version {oldest} at a learner of version {version}: older than "
+            f"version {group.oldest_version} at a learner of version {version}: older than "
             f"max_staleness={landed.bound}. Admission should have made this impossible; please "
             "report it with the run's metrics"
         )
@@ -96,8 +79,7 @@ def _check(landed: Landed, version: int, rule: StalenessRule) -> Age:
             f"{group.newest_version}, which the learner (version {version}) has not published; "
             "was a generator left over from another run?"
         )
-    in_flight = max(0, landed.landed_version - oldest)
-    return Age(in_flight=in_flight, in_buffer=version - oldest - in_flight, masked=masked)
+    return tokens_below(group, floor)
 
 
 def tokens_below(group: GroupInfo, floor: int) -> int:

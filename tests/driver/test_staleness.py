@@ -7,7 +7,7 @@ import pytest
 from distrl.driver import StalenessBreach
 from distrl.driver.buffer import Landed
 from distrl.driver.row import batch_row, staleness_row
-from distrl.driver.staleness import Age, StalenessRule, check_ages
+from distrl.driver.staleness import StalenessRule, check_ages
 from distrl.records import GroupInfo, Parcel, ScoredInfo, VersionSpan
 
 
@@ -38,18 +38,18 @@ def landed(lengths, rewards, oldest, newest, version, bound=2):
     return Landed(parcel=parcel, bound=bound, admitted_s=1.0, landed_s=4.0, landed_version=version)
 
 
-def test_age_is_counted_from_the_oldest_token():
+def test_the_oldest_token_has_to_be_within_the_bound():
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=3)]
-    assert check_ages(batch, 7, never(3)) == [Age(in_flight=2, in_buffer=1)]
+    assert check_ages(batch, 7, never(3)) == [0]
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=2)]
     with pytest.raises(StalenessBreach, match=r"group 3 .* version 4 at a learner of version 7"):
         check_ages(batch, 7, never(2))
 
 
-def test_masked_tokens_are_counted_and_the_age_is_of_the_rest():
+def test_masked_tokens_are_counted_and_one_has_to_be_left():
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=1)]
     rule = StalenessRule(bound=1, on_stale="mask")
-    assert check_ages(batch, 7, rule) == [Age(in_flight=0, in_buffer=1, masked=2)]
+    assert check_ages(batch, 7, rule) == [2]
     assert rule.masks_below(7) == 6
     with pytest.raises(StalenessBreach):  # nothing of it is young enough
         check_ages(batch, 8, rule)
@@ -81,8 +81,8 @@ def test_a_token_is_as_old_as_the_version_that_sampled_it():
     assert row["staleness/in_buffer"] == 2 / 8
 
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=1)]
-    ages = check_ages(batch, 7, StalenessRule(bound=1, on_stale="mask"))
-    row = staleness_row(batch, ages, 7, 1)
+    masked = check_ages(batch, 7, StalenessRule(bound=1, on_stale="mask"))
+    row = staleness_row(batch, masked, 7, 1)
     assert row["staleness/hist"] == [0, 6] and row["staleness/masked_tokens"] == 2
     assert (row["staleness/max"], row["staleness/mean"]) == (1, 1)
 
