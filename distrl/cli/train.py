@@ -173,7 +173,7 @@ def train(options: Options, directory: RunDir) -> Summary:
         write_pretrain(config, policy, directory.pretrain)
     if newest is None:  # of a life before the first checkpoint
         shutil.rmtree(directory.recording, ignore_errors=True)
-    if newest is not None:
+    else:
         print(f"PPO: going on after step {newest.step}, from {newest.path}", flush=True)
     with contextlib.closing(open_ledger(config, directory, newest)) as ledger:
         # After the ledger, which may refuse. A run that is killed between the two has rows without

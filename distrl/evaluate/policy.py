@@ -14,8 +14,11 @@ import numpy as np
 from distrl.evaluate.judge import Judge
 from distrl.evaluate.kl import response_kl
 from distrl.evaluate.stats import Floats
-from distrl.records import FinishReason, Parcel, Prompt, Score, ScoredRollout
+from distrl.records import FinishReason, Parcel, Prompt, ScoredRollout
 from distrl.roles import Generator, Scorer
+
+KL_TOKENS = 8192
+"""Tokens of a pass that KL is computed in, pads included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +79,6 @@ async def evaluate_policy(
     *,
     judge: Judge | None,
     temperature: float,
-    batch_tokens: int = 8192,
 ) -> PolicyEvaluation:
     """Sample, score and measure a policy on `prompts`.
 
@@ -97,7 +99,7 @@ async def evaluate_policy(
         policy,
         reference,
         temperature=temperature,
-        batch_tokens=batch_tokens,
+        batch_tokens=KL_TOKENS,
     )
     rows = tuple(
         _row(group, sample, float(kl_PN[place, sample]), judge)
@@ -118,7 +120,7 @@ async def _payload(parcel: Parcel[Any]) -> Any:
 
 def _row(group: ScoredRollout, place: int, kl: float, judge: Judge | None) -> EvaluationRow:
     prompt, sample = group.rollout.prompt, group.rollout.samples[place]
-    score: Score = group.scores[place]
+    score = group.scores[place]
     return EvaluationRow(
         prompt_id=prompt.prompt_id,
         sample=place,

@@ -60,7 +60,7 @@ class ModelReward:
         self.batch_tokens, self.crew = batch_tokens, crew
         own = load_tokenizer(folder)
         self.re_encodes = tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)
-        self._policy_tokenizer, self._tokenizer = tokenizer, own
+        self._tokenizer = own
         self._eos = eos_id(own)
         if self.re_encodes:
             log.warning(
