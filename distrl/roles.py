@@ -1,7 +1,7 @@
 """Who acts: what the driver may ask of a generator, a scorer and a learner.
 
-A role is met by a plain class in one process, by a handle on a Ray actor, and by a
-fake on a virtual clock; the driver cannot tell them apart. Everything is async.
+A role is met by a handle on a Ray actor and by a fake on a virtual clock, a generator and a scorer
+also by a plain class in one process; the driver cannot tell them apart. Everything is async.
 """
 
 from __future__ import annotations

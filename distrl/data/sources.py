@@ -236,8 +236,8 @@ def _prompts(data: DataConfig, split: Split) -> Iterator[tuple[_FileRow, str | M
 
 def _file_rows(data: DataConfig, split: Split) -> Iterator[_FileRow]:
     """The rows of `split` in the order of their file. Raises DataError where there is none."""
-    held_out = data.validation is not None and split != "train"
-    path = data.validation if held_out and data.validation is not None else data.source
+    held_out = None if split == "train" else data.validation
+    path = data.source if held_out is None else held_out
     wanted = _belongs(data, split)
     count = 0
     for row in _rows_of(data, path):
