@@ -18,7 +18,7 @@ from distrl.learn.names import CheckpointNames
 from distrl.learn.ranks import ALONE, Ranks
 from distrl.models.compiling import compile_layers
 from distrl.models.heads import ScalarModel
-from distrl.models.load import ModelError, after_head, as_dtype, load_policy
+from distrl.models.load import ModelError, after_head, load_policy
 from distrl.models.lora import Adapter, Merged, add_adapter, merged_tensors, without_adapter
 from distrl.models.packing import pack
 from distrl.models.sharding import checkpoint_activations, shard
@@ -102,7 +102,7 @@ class Networks:
                 continue
             if isinstance(root, ScalarModel):  # values keep float32's digits
                 shard(root.head, ranks.mesh, torch.float32, offload=config.offload)
-            compute = torch.float32 if isinstance(root, nn.Linear) else as_dtype(config.dtype)
+            compute = torch.float32 if isinstance(root, nn.Linear) else getattr(torch, config.dtype)
             if root is self.reference:
                 for weight in root.parameters():  # passes are all that it is there for
                     weight.data = weight.data.to(compute)

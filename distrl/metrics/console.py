@@ -130,10 +130,10 @@ def _short(value: float) -> str:
 
 @contextmanager
 def stage_progress(
-    stage: str, total: int, *, start: int = 0, console: Console | None = None
+    stage: str, total: int, *, console: Console | None = None
 ) -> Iterator[StageProgress]:
     """Progress of a stage: `with stage_progress("SFT", n) as tick: tick(step, {"loss": x})`."""
-    progress = StageProgress(stage, total, start=start, console=console)
+    progress = StageProgress(stage, total, console=console)
     try:
         yield progress
     finally:
@@ -147,13 +147,12 @@ class ConsoleSink:
         self,
         total: int,
         *,
-        stage: str = "PPO",
         start: int = 0,
         every_s: float = 5.0,
         console: Console | None = None,
     ) -> None:
         self._progress = StageProgress(
-            stage, total, start=start, shown=TRAINING, every_s=every_s, console=console
+            "PPO", total, start=start, shown=TRAINING, every_s=every_s, console=console
         )
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:

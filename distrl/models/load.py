@@ -68,12 +68,9 @@ def new_llama(
 
 
 def load_policy(
-    folder: Path | str,
-    dtype: str | torch.dtype = "float32",
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    folder: Path | str, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """The causal language model in `folder`, in evaluation mode, on the CPU.
+    """The causal language model in `folder`, in float32 and evaluation mode, on the CPU.
 
     Local files only, and no code from the checkpoint is run. Raises ModelError where the
     folder holds no model, or where `tokenizer` (if given) has ids that the model lacks.
@@ -82,7 +79,7 @@ def load_policy(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=as_dtype(dtype),
+            dtype=torch.float32,
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -124,11 +121,6 @@ def save_policy(
         tokenizer.save_pretrained(new)
         if meta is not None:
             (new / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """ "float32", "bfloat16" or "float16" as torch names it."""
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
 def positions(folder: Path) -> int | None:

@@ -110,7 +110,7 @@ def test_parameters_are_those_of_the_model(tiny_policy: Path, tmp_path: Path) ->
 
     counted = sum(p.numel() for p in load_policy(tiny_policy).parameters())
     assert parameters(Config.model_validate({"model": {"path": str(tiny_policy)}})) == counted
-    halves = load_policy(tiny_policy, "bfloat16")
+    halves = load_policy(tiny_policy).bfloat16()
     halves.save_pretrained(tmp_path / "halves")
     assert parameters(Config.model_validate({"model": {"path": str(tmp_path / "halves")}})) == (
         counted
