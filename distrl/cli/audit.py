@@ -30,19 +30,13 @@ def run(about: str, argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, with every offender")
     options = parser.parse_args(argv)
     directory = RunDir(options.run)
-    newest = newest_state(directory)
+    newest = Checkpoints(directory.checkpoints).newest_state() or {}
     report = audit(directory.ledger, directory.metrics, newest.get("ledger"), newest.get("step", 0))
     if options.json:
         print(json.dumps(_as_json(report), indent=1))
     else:
         show(report, Console())
     return 0 if report.holds else BROKEN
-
-
-def newest_state(directory: RunDir) -> dict[str, Any]:
-    """What the newest whole checkpoint keeps; nothing where there is none."""
-    newest = Checkpoints(directory.checkpoints).latest() if directory.checkpoints.exists() else None
-    return newest.state if newest else {}
 
 
 def show(report: Audit, console: Console) -> None:

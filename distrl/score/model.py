@@ -20,7 +20,6 @@ from distrl.data.tokenizer import encode_example, load_tokenizer, tokenizer_fing
 from distrl.models import ScalarModel, eos_id, reward_input
 from distrl.models.compiling import compile_layers
 from distrl.models.crew import ALONE, Crew
-from distrl.models.load import as_dtype
 from distrl.models.packing import pack
 from distrl.records import Float32s, Int32s, Rollout
 from distrl.roles import ScoreFailed
@@ -54,7 +53,7 @@ class ModelReward:
         self.name = name
         self.model = ScalarModel.load(folder).to(device)
         self._packed = pack(self.model.body)  # tried in float32, which tells rounding from a fault
-        nn.Module.to(self.model.body, as_dtype(dtype))
+        nn.Module.to(self.model.body, getattr(torch, dtype))
         if compile:
             compile_layers(self.model, torch.device(device))
         self.batch_tokens, self.crew = batch_tokens, crew
