@@ -321,7 +321,7 @@ class VLLMGenerator:
             )
         self._proven.set()
 
-    async def _transfer(self, weights: Weights, offer: Offer | None) -> None:
+    async def _transfer(self, weights: Weights, offer: Offer | None = None) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         update = in_memory(weights) if offer is None else arriving(offer)
