@@ -153,6 +153,12 @@ def test_a_baseline_removes_any_constant_and_the_mean(rewards, shift):
     assert abs(advantages.sum()) < 1e-9
 
 
+def test_a_group_of_one_has_its_reward_or_nothing_to_be_held_against(close):
+    rewards = torch.tensor([[3.0], [-5.0]])
+    close(group_advantages(rewards, "none", "none"), [[3.0], [-5.0]])
+    close(group_advantages(rewards, "mean", "std"), [[0.0], [0.0]])
+
+
 def test_group_advantages_refusals():
     with pytest.raises(ValueError, match="mean, leave_one_out, none; got 'median'"):
         group_advantages(torch.zeros(2, 3), "median")  # pyright: ignore[reportArgumentType]
@@ -175,7 +181,14 @@ def test_explained_variance(close):
     close(explained_variance(torch.zeros(1, 4), returns, mask), 0.0)
 
 
-def test_explained_variance_of_nothing_to_explain_is_zero():
-    values, constant = torch.randn(1, 7).float(), torch.full((1, 7), 0.1).float()
-    assert explained_variance(values, constant, torch.ones(1, 7)) == 0
+@pytest.mark.parametrize("constant", [0.1, -3e3])
+def test_explained_variance_of_nothing_to_explain_is_zero(constant):
+    values, returns = torch.randn(1, 7).float(), torch.full((1, 7), constant).float()
+    assert explained_variance(values, returns, torch.ones(1, 7)) == 0
     assert explained_variance(values, values, torch.zeros(1, 7)) == 0
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_explained_variance_has_no_unit(size):
+    returns = size * torch.tensor([[1.0, 2.0, 4.0]]).float()
+    assert explained_variance(returns, returns, torch.ones(1, 3)) == 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrl.algo import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
+from distrl.algo import AdaptiveKL, FixedKL, LinearKL, kl_estimate, shape_rewards
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -114,8 +114,13 @@ def test_coefficients_are_checked():
     for build in (lambda: AdaptiveKL(-0.1), lambda: FixedKL(-0.1), lambda: FixedKL(math.nan)):
         with pytest.raises(ValueError, match="coef"):
             build()
-    with pytest.raises(ValueError, match="positive"):
-        AdaptiveKL(0.1, target=0.0)
+    for target, horizon in ((0.0, 1), (0.5, 0)):
+        with pytest.raises(ValueError, match="positive"):
+            AdaptiveKL(0.1, target, horizon)
+    assert AdaptiveKL(0.1, 0.5, 1).update(5.0, 1) == pytest.approx(0.12)
+    for start, end, samples, message in ((-1, 0, 1, "start"), (0, -1, 1, "end"), (0, 0, 0, "sam")):
+        with pytest.raises(ValueError, match=message):
+            LinearKL(start, end, samples)
 
 
 def test_fixed_stays():

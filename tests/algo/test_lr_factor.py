@@ -36,6 +36,12 @@ def test_it_climbs_to_the_peak_then_never_climbs_again(total, warmup, kind, floo
     assert len(set(factors[total:])) == 1
 
 
+def test_after_the_warm_up_the_fall_takes_the_steps_that_are_left():
+    """3 of 11 steps warm up, so step 7 is half way down the other 8."""
+    assert lr_factor(7, 11, "linear", 3) == 0.5
+    assert lr_factor(7, 11, "cosine", 3, 0.2) == pytest.approx(0.2 + 0.8 / 2)
+
+
 @pytest.mark.parametrize(
     ("step", "total", "options", "message"),
     [

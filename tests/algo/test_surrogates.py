@@ -194,8 +194,10 @@ def test_capped_weights_keep_every_tokens_gradient(batch):
     new, old, advantages, mask = batch
     made = capped_weight_surrogate(new, old, advantages, mask, clip_low=0.1, clip_high=0.1)
     (gradient,) = torch.autograd.grad(made.loss.sum(), new)
-    weight = (new - old).exp().clamp(0.9, 1.1).detach()
+    ratio = (new - old).exp().detach()
+    weight = ratio.clamp(0.9, 1.1)
     torch.testing.assert_close(gradient, torch.where(mask, -weight * advantages, 0))
+    assert torch.equal(made.clipped.bool(), ((ratio < 0.9) | (ratio > 1.1)) & mask)
     assert 0 < made.clipped.sum() < mask.sum() and (gradient[mask] != 0).all()
     silent = clipped_surrogate(new, old, advantages, mask, clip_low=0.1, clip_high=0.1)
     (clipped,) = torch.autograd.grad(silent.loss.sum(), new)
@@ -210,6 +212,28 @@ def test_all_have_the_policy_gradient_where_they_start(make, batch):
     (gradient,) = torch.autograd.grad((token_shares(mask, "sequence") * loss).sum(), new)
     wanted = torch.where(mask, -token_shares(mask, "sequence") * advantages, 0)
     torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("make", SURROGATES, ids=NAMES)
+def test_the_ratio_that_is_told_is_the_probabilities_and_has_no_gradient(make, batch):
+    new, old, _, mask = batch
+    made = make(*batch)
+    gaps = new - old
+    if make is sequence_surrogate:
+        mean_B = (gaps * mask).sum(1) / mask.sum(1).clamp(min=1)
+        gaps = mean_B[:, None].expand_as(gaps)
+    torch.testing.assert_close(made.ratio, torch.where(mask, gaps.exp().detach(), 0))
+    assert made.loss.requires_grad
+    assert not made.ratio.requires_grad and not made.clipped.requires_grad
+
+
+def test_bounds_are_those_of_the_papers_unless_they_are_set(close):
+    """Two sequences of a token: ten times likelier at A = 1, ten times less likely at A = -1."""
+    new, ratio = torch.full((2, 1), -1.0), torch.tensor([[10.0], [0.1]])
+    four = new, new - ratio.log(), torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1)
+    close(clipped_surrogate(*four).loss, [[-1.2], [0.8]])
+    close(sequence_surrogate(*four).loss, [[-1.0004], [0.9997]])
+    close(capped_weight_surrogate(*four).loss, [[5.0], [-0.1]])  # -min(ratio, 5) A logp
 
 
 @pytest.mark.parametrize("make", SURROGATES, ids=NAMES)
@@ -300,8 +324,14 @@ def test_refusals(batch):
         clipped_surrogate(new, old, advantages, mask, dual_clip=1.0)
     with pytest.raises(ValueError, match="axis T"):
         policy_gradient(new, old[:, :4], advantages, mask)
-    with pytest.raises(ValueError, match="needs the longest response"):
-        token_shares(mask, "constant")
+    for coef, kl, message in ((-0.1, new, "coef"), (1.0, new[:, :1], r"kl_BT \(5, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            penalised_surrogate(new, old, advantages, mask, coef=coef, kl_BT=kl)
+    for longest in (None, 0):
+        with pytest.raises(ValueError, match="needs the longest response"):
+            token_shares(mask, "constant", longest)
+    with pytest.raises(ValueError, match=r"mask_BT needs the 2 axes BT, got \(6,\)"):
+        token_shares(mask[0])
     with pytest.raises(ValueError, match="token, sequence, constant; got 'mean'"):
         token_shares(mask, "mean")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"floor must lie in \[0, 1.5\]"):
