@@ -363,6 +363,8 @@ def test_a_step_ends_early_when_the_policy_has_gone_far_enough(new_learner, make
     assert near.learn(make_groups(seed=1)).metrics["learn/optimizer_steps"] == 12
     stopped = far.learn(make_groups(seed=1)).metrics
     assert 1 <= stopped["learn/optimizer_steps"] < 12
+    left = [p.grad for part in far.networks.trained for p in part.parameters()]
+    assert left == [None] * len(left), "nothing of the last minibatch reaches the next step"
 
 
 def test_a_step_sets_out_from_where_it_began_and_not_from_who_sampled(new_learner, make_groups):
@@ -401,6 +403,16 @@ def test_the_penalty_moves_only_where_it_has_a_target(new_learner, make_groups):
     for learner, wanted in ((free, [2.0, 2.0]), (held, [2.0, 1.0])):
         prices = [learner.learn(make_groups(seed=s)).metrics["ppo/penalty"] for s in (1, 2)]
         assert prices == wanted
+
+
+def test_a_dearer_penalty_is_another_step(new_learner, make_groups):
+    """From the second minibatch on, when there is a way back to be paid for."""
+    made = []
+    for price in (1.0, 1e3):
+        learner = new_learner(objective={"kind": "kl_penalty", "penalty": price})
+        learner.learn(make_groups(seed=1))
+        made.append(learner)
+    assert moved(made[0], policy_of(made[1]))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -508,6 +520,27 @@ def test_ptx_adds_its_gradient_to_the_objectives(new_learner, make_groups, tmp_p
     assert last["loss/pretrain"] < first["loss/pretrain"] - 0.5, "two sentences are learnt soon"
     with pytest.raises(ValueError, match="no example of two tokens"):
         save_examples([[1]], path)
+
+
+def test_ptx_takes_its_texts_in_turn_once_the_policy_learns(
+    new_learner, make_groups, tmp_path, monkeypatch
+):
+    """Four optimizer steps a step; the critic has the first one to itself."""
+    path = tmp_path / "pretrain.safetensors"
+    save_examples([[5, 6, 7, 8], [10, 11, 12]], path)
+    turn, turns = Examples.turn, []
+
+    def noted(examples, number, count):
+        turns.append(number)
+        return turn(examples, number, count)
+
+    monkeypatch.setattr(Examples, "turn", noted)
+    learner = new_learner(
+        path, epochs=2, minibatches=2, value={"warmup_steps": 1}, pretrain={"coef": 1.0}
+    )
+    for seed in (1, 2, 3):
+        learner.learn(make_groups(seed=seed))
+    assert turns == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
 def test_text_for_ptx_that_the_disk_does_not_take_is_told(tmp_path, monkeypatch):

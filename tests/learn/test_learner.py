@@ -21,7 +21,7 @@ from distrl.learn.measure import by_age
 from distrl.learn.prepare import prepare
 from distrl.learn.ranks import Ranks
 from distrl.learn.state import StateMismatch
-from distrl.learn.update import Update
+from distrl.learn.update import MinibatchReport, Update
 from distrl.metrics.names import unknown_names
 from distrl.models import sample
 from distrl.records import (
@@ -91,6 +91,32 @@ def test_every_metric_is_finite_and_known(new_learner, make_groups):
     needed = {"loss/policy", "value/loss", "ppo/clip_fraction", "ppo/approx_kl", "ppo/ess"}
     needed |= {"value/explained_variance", "learn/lr", "learn/skipped_steps"}
     assert needed <= metrics.keys()
+
+
+def test_a_steps_figures_are_means_over_its_minibatches(new_learner, make_groups, monkeypatch):
+    backward = Update.backward
+    names = [field.name for field in dataclasses.fields(MinibatchReport)]
+    told = iter(
+        MinibatchReport(**dict(zip(names, figures, strict=True)))
+        for figures in ((1.0, 2.0, 0.1, 0.2, 0.3, 0.4), (3.0, 6.0, 0.5, 0.6, 0.9, 0.6))
+    )
+
+    def telling(update, *args):
+        backward(update, *args)
+        return next(told)
+
+    monkeypatch.setattr(Update, "backward", telling)
+    metrics = new_learner(minibatches=2).learn(make_groups(seed=1)).metrics
+    wanted = {
+        "loss/policy": 2.0,
+        "value/loss": 4.0,
+        "ppo/clip_fraction": 0.3,
+        "ppo/approx_kl": 0.4,
+        "value/clip_fraction": 0.6,
+        "learn/padding": 0.5,
+        "learn/optimizer_steps": 2,
+    }
+    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted)
 
 
 def test_no_bound_leaves_gradients_as_they_are(new_learner, make_groups):
@@ -170,6 +196,16 @@ def test_the_learning_rate_is_that_of_the_step(new_learner, make_groups):
     assert group["lr"] == pytest.approx(0.5e-3)
 
 
+def test_each_network_has_a_rate_of_its_own(new_learner, make_groups):
+    learner = new_learner(critic_lr=4e-3, schedule="linear", total_steps=2)
+    for seed in (1, 2):
+        learner.learn(make_groups(seed=seed))
+    rates = [group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.5e-3, 2e-3])
+    short = new_learner(total_steps=1, warmup_steps=3)
+    assert short.learn(make_groups(seed=1)).metrics["learn/lr"] == pytest.approx(1e-4)
+
+
 def test_the_same_seed_gives_the_same_bits(new_learner, make_groups):
     made = []
     for _ in range(2):
@@ -244,6 +280,23 @@ def test_a_loss_that_is_not_finite_is_not_applied_even_where_its_gradient_is(
         "backward",
         lambda *args: dataclasses.replace(backward(*args), policy_loss=math.inf),
     )
+    assert learner.learn(make_groups(seed=1)).skipped
+    assert same(weights(learner), before)
+
+
+def test_a_critics_gradient_that_is_not_finite_is_not_applied(
+    new_learner, make_groups, monkeypatch
+):
+    backward = Update.backward
+
+    def poisoned(update, *args):
+        report = backward(update, *args)
+        update.networks.critic.head.weight.grad.fill_(math.nan)
+        return report
+
+    learner = new_learner()
+    before = weights(learner)
+    monkeypatch.setattr(Update, "backward", poisoned)
     assert learner.learn(make_groups(seed=1)).skipped
     assert same(weights(learner), before)
 
@@ -340,6 +393,7 @@ def test_skips_in_a_row_are_counted_across_a_resume(
     learner.save(tmp_path / "state")
     resumed = new_learner()
     resumed.load(tmp_path / "state")
+    assert resumed.skips == 2
     with pytest.raises(LearnerFailed, match="3 non-finite steps"):
         resumed.learn(make_groups(seed=3))
 

@@ -15,6 +15,7 @@ from distrl.config import LearnConfig
 from distrl.learn.experience import to_experience
 from distrl.learn.forward import PolicyModel
 from distrl.learn.networks import Networks
+from distrl.learn.objectives import surrogate
 from distrl.learn.prepare import prepare
 from distrl.learn.update import Prices, Update, minibatches
 from distrl.models import ScalarModel, load_policy
@@ -194,6 +195,109 @@ def test_losses_and_gradients_equal_the_formulas(models, batch):
         torch.testing.assert_close(mine, slow, atol=1e-4, rtol=1e-3)
 
 
+def test_kept_tokens_by_sequence_and_a_leash_in_the_loss_equal_the_formulas(models, batch):
+    """The loss is a mean over sequences of their kept tokens' mean, and no weight is on the leash;
+    what is told, and the critic's loss, are means over kept tokens."""
+    config = learn(
+        objective={"aggregate": "sequence"},
+        kl={"place": "loss", "estimator": "k2"},
+        micro_tokens=40,
+    )
+    kept = batch.mask_BT.clone()
+    kept[:, 0] &= batch.response_lengths_B == 1
+    prepared = prepared_for(batch, models, config)
+    prepared = dataclasses.replace(prepared, kept=kept, old=prepared.proximal - 0.05 * kept)
+    policy, _, critic = models
+    shake(policy, seed=7)
+    shake(critic, seed=8)
+    report, grads = run_backward(batch, prepared, models, config, prices=Prices(kl=0.3))
+    policy.zero_grad()
+    critic.zero_grad()
+    sequences, errors, clipped, value_clipped, moved = [], [], [], [], []
+    for row, prompt, answer in slow_sequences(batch):
+        logp, values = slow_logprobs(policy, prompt, answer)[0], slow_values(critic, prompt, answer)
+        mine = []
+        for t in kept[row].nonzero().flatten().tolist():
+            known = {
+                field.name: getattr(prepared, field.name)[row, t].item()
+                for field in dataclasses.fields(prepared)
+            }
+            ratio, a = (logp[t] - known["old"]).exp(), known["advantages"]
+            bounded = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            clipped.append((bounded < ratio * a).item())
+            leash = 0.3 * 0.5 * (known["reference"] - logp[t]) ** 2
+            mine.append(-known["weights"] * bounded + leash)
+            gap = logp[t].item() - known["proximal"]
+            moved.append(math.expm1(gap) - gap)
+            plain = (values[t] - known["returns"]) ** 2
+            near = values[t].clamp(known["values"] - 0.2, known["values"] + 0.2)
+            errors.append(0.5 * torch.maximum(plain, (near - known["returns"]) ** 2))
+            value_clipped.append((errors[-1] > 0.5 * plain).item())
+        sequences.append(torch.stack(mine).mean())
+    policy_loss, value_loss = torch.stack(sequences).mean(), torch.stack(errors).mean()
+    (policy_loss + value_loss).backward()
+    for mine, slow in zip(
+        grads, [p.grad for m in (policy, critic) for p in m.parameters()], strict=True
+    ):
+        torch.testing.assert_close(mine, slow, atol=1e-4, rtol=1e-3)
+    assert report.policy_loss == pytest.approx(policy_loss.item(), abs=1e-4)
+    assert report.value_loss == pytest.approx(value_loss.item(), rel=1e-4)
+    assert report.clip_fraction == pytest.approx(np.mean(clipped))
+    assert report.value_clip_fraction == pytest.approx(np.mean(value_clipped))
+    assert report.approx_kl == pytest.approx(np.mean(moved), rel=1e-3)
+
+
+def test_an_objective_is_told_which_tokens_count_and_what_a_nat_costs(models, batch, monkeypatch):
+    """Those that are too old are no part of a sequence's mean ratio, say."""
+    seen = []
+
+    def noted(tokens, config):
+        seen.append(tokens)
+        return surrogate(tokens, config)
+
+    monkeypatch.setattr("distrl.learn.update.surrogate", noted)
+    prepared = prepared_for(batch, models, LearnConfig())
+    kept = batch.mask_BT.clone()
+    kept[:, 0] = False
+    prepared = dataclasses.replace(prepared, kept=kept)
+    run_backward(batch, prepared, models, LearnConfig(), prices=Prices(penalty=7.0))
+    assert sum(int(tokens.mask.sum()) for tokens in seen) == kept.sum() > 0
+    assert {tokens.penalty for tokens in seen} == {7.0}
+
+
+@pytest.mark.parametrize("policy_learns", [True, False])
+def test_a_critic_on_the_policys_body_adds_its_share_of_a_gradient(models, batch, policy_learns):
+    policy = models[0]
+    critic = ScalarModel.upon(policy)
+    shake(critic.head, seed=3, std=0.5)
+    config = learn(
+        value={"trunk": "shared", "start": "policy", "coef": 0.25},
+        kl={"coef": 0.0, "watch": False},
+        micro_tokens=40,
+    )
+    both = Networks(policy=PolicyModel(policy), reference=None, critic=critic, shared=True)
+    prepared = prepare(batch, both, config, temperature=TEMPERATURE, kl_coef=0.0)
+    shake(policy, seed=7)
+    update = Update(networks=both, config=config, temperature=TEMPERATURE, longest=LONGEST)
+    index = torch.arange(len(batch))
+    report = update.backward(batch, prepared, index, Prices(policy_learns=policy_learns))
+    weights = [*policy.base_model.parameters(), *critic.head.parameters()]
+    grads = [weight.grad.clone() for weight in weights]
+    policy.zero_grad()
+    critic.zero_grad()
+    names = ("proximal", "values", "advantages", "returns", "weights")
+    known = {name: getattr(prepared, name).tolist() for name in names}
+    found = slow_losses(batch, (policy, None, critic), config, known)
+    policy_loss, value_loss = found[0] * policy_learns, found[2]
+    (policy_loss + 0.25 * value_loss).backward()
+    for mine, weight in zip(grads, weights, strict=True):
+        torch.testing.assert_close(mine, weight.grad, atol=1e-4, rtol=1e-3)
+    assert report.policy_loss == pytest.approx(policy_loss.item(), abs=1e-4)
+    assert report.value_loss == pytest.approx(value_loss.item(), rel=1e-4)
+    assert report.clip_fraction == pytest.approx(found[3] * policy_learns)
+    assert 0 < report.value_clip_fraction < 1
+
+
 def test_gradients_do_not_depend_on_how_a_minibatch_is_cut(models, batch):
     made = []
     for micro_tokens in (20, 47, 4096):
@@ -211,9 +315,12 @@ def test_a_minibatchs_gradient_is_of_its_rows_alone(models, batch):
     config = LearnConfig()
     prepared = prepared_for(batch, models, config)
     index = torch.tensor([4, 1])
-    _, grads = run_backward(batch, prepared, models, config, index)
+    report, grads = run_backward(batch, prepared, models, config, index)
     part = prepared.rows(index, int(batch.response_lengths_B[index].max()))
-    _, alone = run_backward(batch.rows(index), part, models, config)
+    told, alone = run_backward(batch.rows(index), part, models, config)
+    assert dataclasses.asdict(report) == pytest.approx(dataclasses.asdict(told), abs=1e-5)
+    read = batch.lengths_B[index]
+    assert report.padding == pytest.approx(1 - int(read.sum()) / (2 * int(read.max())))
     for mine, theirs in zip(grads, alone, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
