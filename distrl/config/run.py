@@ -96,8 +96,7 @@ class DriverConfig(Section):
 
     def slots_at(self, bound: int) -> int:
         """Slots while the bound is `bound`: all of them, unless it is moved."""
-        less = self.largest_bound - bound
-        return max(self.slots - less * self.prompts_per_step, self.prompts_per_step)
+        return self.slots - (self.largest_bound - bound) * self.prompts_per_step
 
     @model_validator(mode="after")
     def _check(self) -> DriverConfig:

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from distrl.config import DriverConfig
 from distrl.driver import DriverError
 from distrl.driver.admission import Admission
 from distrl.sim import Deadlock, run_virtual
@@ -13,6 +14,26 @@ from distrl.sim import Deadlock, run_virtual
 
 def admission(staleness=1, batch=3, wanted=100, room=lambda in_flight: True):
     return Admission(slots=(staleness + 1) * batch, wanted=wanted, room=room)
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        ({"max_staleness": 0}, 4),
+        ({"max_staleness": 1}, 8),
+        ({"max_staleness": 2, "window": 3}, 12 - 3),
+        ({"max_staleness": 1, "lead": 3}, 16),
+        ({"max_staleness": "auto", "staleness_ceiling": 3}, 16),
+    ],
+)
+def test_there_are_as_many_slots_as_the_proof_says(settings, slots):
+    """(l + 1) B - W, with batches of 4; of them as many as a bound that is moved asks for."""
+    config = DriverConfig(prompts_per_step=4, **settings)
+    assert config.slots == slots and config.lockstep == (slots == 4)
+    if config.max_staleness == "auto":
+        assert [config.slots_at(bound) for bound in range(4)] == [4, 8, 12, 16]
+    else:
+        assert config.slots_at(config.max_staleness) == slots
 
 
 @pytest.mark.parametrize(("staleness", "slots"), [(0, 3), (1, 6), (4, 15)])
@@ -40,6 +61,25 @@ def test_a_landing_keeps_its_slot_a_drop_and_a_release_free_theirs():
         counter.released(3)
         assert await counter.admit() == 3
         assert (counter.taken, counter.in_flight) == (6, 6)
+
+    run_virtual(main())
+
+
+def test_more_slots_let_the_waiting_go_on_and_fewer_are_waited_for():
+    async def main():
+        counter = admission()
+        await counter.admit()
+        waiting = asyncio.ensure_future(counter.admit())
+        await asyncio.sleep(1)
+        counter.resize(9)
+        assert await waiting == 3
+        counter.resize(6)
+        waiting = asyncio.ensure_future(counter.admit())
+        for _ in range(4):
+            await asyncio.sleep(1)
+            assert not waiting.done()
+            counter.dropped()
+        assert await waiting == 1 and counter.taken == 6
 
     run_virtual(main())
 
