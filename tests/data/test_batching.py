@@ -35,7 +35,14 @@ def test_seed_and_epoch_change_batches_and_their_order() -> None:
         for seed, epoch in ((0, 0), (1, 0), (0, 1))
     ]
     assert len({str(plan) for plan in plans}) == 3
+    assert all(len(batch) == 4 for plan in plans for batch in plan), "each is full"
     assert len({str(sorted(map(sorted, plan))) for plan in plans}) == 3
+    alone = list(range(51, 61))  # a batch each, so that the order of batches is all there is
+    orders = [
+        token_budget_batches(alone, 60, seed=seed, epoch=epoch)
+        for seed, epoch in ((0, 0), (1, 0), (0, 1))
+    ]
+    assert len({str(order) for order in orders}) == 3
 
 
 def test_lengths_are_grouped_and_batches_shuffled() -> None:
@@ -83,6 +90,10 @@ def test_sequences_are_shared_out_evenly(lengths: list[int], workers: int) -> No
     assert max(loads) - min(loads) <= max(lengths)
 
 
+def test_the_longest_that_is_left_goes_to_whoever_has_least() -> None:
+    assert balanced([9, 1, 1, 1, 6], 2) == [[0], [4, 1, 2, 3]]
+
+
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), budget=st.integers(1, 160))
 def test_no_other_cut_into_parts_is_cheaper(lengths: list[int], budget: int) -> None:
     def cost(parts: list[list[int]]) -> int:
@@ -120,11 +131,14 @@ def test_without_pads_only_tokens_count(lengths: list[int], budget: int) -> None
 def test_without_pads_passes_are_as_even_as_they_are_few() -> None:
     parts = micro_batches([10] * 100, 400, padded=False)
     assert [len(part) for part in parts] == [34, 34, 32]
+    assert micro_batches([10] * 6, 40, padded=False) == [[0, 1, 2], [3, 4, 5]]
+    assert micro_batches([10] * 4, 20, padded=False) == [[0, 1], [2, 3]], "each is full"
 
 
 def test_a_row_longer_than_the_budget_goes_alone() -> None:
     assert micro_batches([9, 3, 30], 20) == [[1, 0], [2]]
     assert micro_batches([9, 3, 30], 20, padded=False) == [[1, 0], [2]]
+    assert micro_batches([30, 30], 20) == micro_batches([30, 30], 20, padded=False) == [[0], [1]]
 
 
 def test_nothing_is_in_no_part() -> None:

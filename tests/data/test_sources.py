@@ -320,6 +320,8 @@ def test_long_file_prompt_is_an_error_with_line_length_and_fix(
     data = config(path, validation=str(path), max_prompt_tokens=12)
     with pytest.raises(DataError, match=r"rows\.jsonl:2: .* \d+ tokens.*is 12; raise it"):
         load_prompts(data, tokenizer, "train")
+    fits = data.model_copy(update={"max_prompt_tokens": 101})  # a token a letter, and one ahead
+    assert len(load_prompts(fits, tokenizer, "train")[1].token_ids) == 101
 
 
 def test_no_prompt_column_no_prompts(write_rows, tokenizer: PreTrainedTokenizerFast) -> None:

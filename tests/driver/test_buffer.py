@@ -41,8 +41,10 @@ def landed(index, nbytes=10, oldest=0, newest=0, version=0):
     )
 
 
-def buffer(first=0, batch=2, capacity=100, max_bytes=1000):
-    return OrderedBuffer(first=first, batch=batch, capacity=capacity, max_bytes=max_bytes)
+def buffer(first=0, batch=2, capacity=100, max_bytes=1000, window=0):
+    return OrderedBuffer(
+        first=first, batch=batch, capacity=capacity, max_bytes=max_bytes, window=window
+    )
 
 
 def test_whatever_the_order_of_arrival_the_order_of_issue_comes_out():
@@ -88,6 +90,40 @@ def test_the_cursor_passes_drops_only_in_order():
         assert held.cursor == 0 and held.drops == {}
         await held.take(2)
         assert held.cursor == 4 and held.drops == {"early": 1, "late": 1}
+
+    run_virtual(main())
+
+
+def test_what_is_swept_is_gone_for_good_and_counted_once():
+    async def main():
+        held = buffer()
+        for index in (0, 1, 3):
+            held.put(landed(index))
+        swept = held.sweep(lambda group: group.index in (1, 3), "too old")
+        assert [group.index for group in swept] == [1, 3]
+        assert (held.groups, held.nbytes, held.cursor) == (1, 10, 0)
+        assert held.ahead == {1, 3} and held.drops == {"too old": 2}
+        held.put(landed(2))
+        assert [group.index for group in await held.take(2)] == [0, 2]
+        assert held.cursor == 4 and held.ahead == set() and held.drops == {"too old": 2}
+
+    run_virtual(main())
+
+
+def test_one_that_is_late_is_overtaken_within_the_window_and_no_further():
+    async def main():
+        held = buffer(window=2)
+        held.put(landed(1))
+        held.put(landed(3))
+        waiting = asyncio.ensure_future(held.take(2))
+        await asyncio.sleep(1)
+        assert not waiting.done(), "3 is beyond the window"
+        held.put(landed(2))
+        assert [group.index for group in await waiting] == [1, 2]
+        assert held.cursor == 0 and held.ahead == {1, 2}
+        held.put(landed(0))
+        assert [group.index for group in await held.take(2)] == [0, 3]
+        assert held.cursor == 4 and held.ahead == set()
 
     run_virtual(main())
 

@@ -45,6 +45,8 @@ def test_pairing_takes_the_prompts_difficulty_out():
     after = before + 0.5 + rng.normal(0, 0.1, size=(100, 1))
     change = stats.difference(before, after, **OPTIONS)
     assert excludes_0(change) and change.high - change.low < 0.1
+    same = stats.difference(np.array([[0.0], [5.0]]), np.array([[1.0], [6.0]]), **OPTIONS)
+    assert same == stats.Interval(value=1.0, low=1.0, high=1.0), "each prompt gained 1"
     with pytest.raises(ValueError, match="not the same prompts"):
         stats.difference(before, after[:-1], **OPTIONS)
 

@@ -127,3 +127,13 @@ def test_the_overlong_penalty_stands_among_the_parts():
     tokens = len(scored.rollout.samples[0].token_ids)
     assert scored.scores[0].parts["overlong"] == overlong_penalty(tokens, config)
     assert scored.scores[0].value == 1.0 + overlong_penalty(tokens, config)
+
+
+def test_merit_is_the_sum_before_the_penalty_of_length():
+    """What a cut response costs is part of it; without a penalty of length there is none."""
+    config = OverlongConfig(penalty=5.0, start=1, full=2)
+    for overlong, wanted in ((config, [1.0, 0.5]), (OverlongConfig(), [None, None])):
+        composed = RewardSum([Fixed("a", [1.0, 2.0])], {"a": 1.0}, -1.5, overlong)
+        (scored,) = composed.score([rollout("stop", "length")])
+        assert isinstance(scored, ScoredRollout)
+        assert [score.merit for score in scored.scores] == wanted
