@@ -207,6 +207,50 @@ def test_recipes_that_cannot_work_are_refused_with_the_fix(values, message):
 
 
 @pytest.mark.parametrize(
+    "values",
+    [
+        {"model": {"context": 52}},
+        {"generate": {"max_model_len": 52}},
+        {"learn": {"micro_tokens": 52}},
+        {"learn": {"ranks": 64}},
+        {"learn": {"gpus": 2}},
+        {"learn": {"ranks": 2, "gpus": 1}},
+        {"learn": {"dtype": "bfloat16"}, "sync": {"canary_tolerance": 0.02}},
+        {"learn": {"gpus": 1}, "generate": {"gpus": 1}, "sync": {"transport": "nccl"}},
+        {"learn": {"value": {"warmup_steps": 39}}},
+        {"learn": {"off_policy": {"floor": 1.0, "cap": 1.0, "reject": True}}},
+        {"sft": {"max_tokens": 128}, "reward_model": {"max_tokens": 128}},
+        {"sync": {"canary_tokens": 51}},
+        {"score": {"overlong": {"penalty": 1, "start": 39, "full": 40}}},
+        {"score": {"missing_eos_penalty": 0.0}},
+        {"driver": {"max_staleness": 0}},
+        {"driver": {"max_staleness": 2, "lead": 2}},
+        {"driver": {"max_staleness": 2, "window": 64}},
+        {"driver": {"max_staleness": 1, "lead": 3, "window": 96}},
+    ],
+)
+def test_what_just_fits_is_taken(values):
+    """Prompt and response are 52 tokens, a step 32 x 4 samples in 2 minibatches, a run 40 steps."""
+    Config.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sft": {"max_tokens": 129}}, "sft.max_tokens and reward_model.max_tokens must be"),
+        ({"reward_model": {"max_tokens": 129}}, "sft.max_tokens and reward_model.max_tokens must"),
+        ({"score": {"overlong": {"penalty": 1, "start": 40, "full": 41}}}, "is never passed"),
+        ({"score": {"missing_eos_penalty": 0.1}}, "would pay for being cut"),
+        ({"driver": {"max_staleness": -1}}, "must be 0 or more"),
+        ({"learn": {"adam_bits": 8, "record": True}}, "set learn.record=false"),
+    ],
+)
+def test_what_is_just_beyond_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(values)
+
+
+@pytest.mark.parametrize(
     "advantage",
     [
         {"kind": "group"},
