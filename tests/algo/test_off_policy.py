@@ -54,6 +54,11 @@ def test_huge_ratios_do_not_overflow(reject, wanted):
     assert importance_weights(zeros, zeros - 1e4, zeros + 1, cap=math.inf).isfinite().all()
 
 
+def test_what_is_at_a_bound_is_not_rejected():
+    zeros = torch.zeros(1, 2)
+    assert (importance_weights(zeros, zeros, zeros + 1, cap=1.0, reject=True, floor=1.0) == 1).all()
+
+
 def test_a_failed_logprob_stays_visible():
     ones = torch.ones(1, 2)
     assert importance_weights(torch.tensor([[math.nan, 0.0]]), ones, ones).isnan().any()

@@ -46,11 +46,20 @@ def test_the_oldest_token_has_to_be_within_the_bound():
         check_ages(batch, 7, never(2))
 
 
+def test_a_group_is_held_to_the_bound_that_it_was_admitted_under():
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=3)]
+    assert check_ages(batch, 7, never(1)) == [0]
+    batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=1)]
+    with pytest.raises(StalenessBreach):
+        check_ages(batch, 7, never(3))
+
+
 def test_masked_tokens_are_counted_and_one_has_to_be_left():
     batch = [landed((3, 5), (0.0, 1.0), oldest=4, newest=6, version=6, bound=1)]
     rule = StalenessRule(bound=1, on_stale="mask")
     assert check_ages(batch, 7, rule) == [2]
     assert rule.masks_below(7) == 6
+    assert StalenessRule(bound=1, on_stale="drop").masks_below(7) == 0
     with pytest.raises(StalenessBreach):  # nothing of it is young enough
         check_ages(batch, 8, rule)
 

@@ -44,6 +44,20 @@ def test_it_minimises_and_reports_every_step():
     assert report.items == 100, "the loss is that of the last epoch alone"
 
 
+def test_the_loss_that_is_reported_is_a_mean_over_items():
+    def known(module: nn.Module, batch: Sequence[float]) -> Loss:
+        return Loss(mean=0 * module(torch.ones(1, 2)).sum() + batch[0], count=len(batch))
+
+    report = train(
+        nn.Linear(2, 1),
+        lambda epoch: [[1.0], [5.0, 5.0, 5.0]],
+        known,
+        SFTConfig(epochs=1, **SETTINGS),
+        on_step=lambda *_: None,
+    )
+    assert (report.loss, report.items) == ((1 + 3 * 5) / 4, 4)
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     rates = [m["lr"] for _, _, m in run([0.0] * 100)[2] if "lr" in m]
     assert rates[0] == pytest.approx(0.005) and rates[9] == pytest.approx(0.05)
