@@ -82,6 +82,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert report.skipped == 3, "three, but never three in a row"
 
 
+def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient_says():
+    def endless(module: nn.Module, targets: Sequence[float]) -> Loss:
+        found = quadratic(module, targets)
+        return Loss(mean=found.mean + float("inf"), count=found.count)
+
+    assert run([3.0, 3.0], loss=endless)[1].skipped == 2
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_too():
     def steep(module, targets):
         # the root's slope at 0 is infinite: a finite loss with a gradient that is not

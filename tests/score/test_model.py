@@ -129,6 +129,13 @@ def test_forward_passes_keep_to_the_token_budget(reward, tokenizer, monkeypatch)
     assert 1 < len(sizes) < 32 and max(sizes) <= 64
 
 
+def test_a_sequence_beyond_the_budget_goes_alone(folder, tokenizer, reward):
+    frugal = ModelReward("rm", folder, tokenizer, batch_tokens=16)
+    assert frugal._packed
+    rows = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 24, 6)]  # 24: all of the context
+    np.testing.assert_allclose(frugal.score_ids(rows), reward.score_ids(rows), atol=1e-5)
+
+
 def test_a_model_that_reads_pads_has_little_of_them_to_read(folder, tokenizer, monkeypatch):
     monkeypatch.setattr("distrl.score.model.pack", lambda body: False)
     padded, crew = ScalarModel.load(folder), Crew(2)
