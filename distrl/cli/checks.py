@@ -15,6 +15,7 @@ from distrl.cli.stages import (
     is_own,
     reward_model_folder,
     reward_stage,
+    scored_by,
     sft_stage,
     trains_reward_model,
 )
@@ -149,7 +150,7 @@ def known_policy(config: Config) -> Path | None:
 def check_reward_parts(config: Config) -> None:
     """ModelError where a part of the reward names a folder without a reward model, or one that
     could not read the longest sample, and it is not the one that this run makes."""
-    for part in config.score.parts:
+    for part in scored_by(config).parts:
         if part.model is None or is_own(config, part.model):
             continue
         try:
@@ -157,7 +158,7 @@ def check_reward_parts(config: Config) -> None:
         except ModelError as error:
             raise ModelError(
                 f"score.parts, {part.name!r}: {error}. This run's own would be "
-                f"{reward_stage(config).folder / 'model'}"
+                f"{reward_stage(config).folder / 'model'}, or 'own' in short"
             ) from None
         missing = [name for name in (HEAD_FILE, META_FILE) if not (folder / name).is_file()]
         if missing:

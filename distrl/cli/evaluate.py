@@ -20,7 +20,7 @@ from distrl.checkpoint import Checkpoints, RunDir
 from distrl.cli.options import Options
 from distrl.cli.origin import check_same_start, policy_origin
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import policy_folder, reward_model_folder
+from distrl.cli.stages import policy_folder, reward_model_folder, scored_by
 from distrl.config import Config, ConfigError
 from distrl.data.order import permutation
 from distrl.data.sources import PromptRow, load_prompts
@@ -36,7 +36,7 @@ from distrl.models import load_policy
 from distrl.models.load import checked_folder
 from distrl.records import Prompt
 from distrl.roles import EngineFailed, WorkerDied
-from distrl.score import LocalScorer, with_default_part
+from distrl.score import LocalScorer
 from distrl.sync.canary import publish_model
 from distrl.sync.memory import SharedMemoryPublisher
 
@@ -149,9 +149,7 @@ def held_out_prompts(config: Config, policy: Path) -> list[Prompt]:
 async def _compare(
     config: Config, before: Path, after: tuple[str, Path], prompts: list[Prompt]
 ) -> Comparison:
-    reward_model = reward_model_folder(config)
-    scoring = with_default_part(config.score, reward_model or before)
-    scorer = LocalScorer(scoring, load_tokenizer(before))
+    scorer = LocalScorer(scored_by(config), load_tokenizer(before))
     judge = resolve_judge(config.evaluate.judge) if config.evaluate.judge else None
     if judge is not None:
         judge("A text to try it on, before an engine is started.")

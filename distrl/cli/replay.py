@@ -35,15 +35,13 @@ def run(about: str, argv: list[str]) -> int:
     config = config_of(directory)
     from distrl.actors.launch import learner_spec
     from distrl.cli.origin import check_same_start, origin_of
-    from distrl.cli.stages import policy_folder, reward_model_folder
+    from distrl.cli.stages import policy_folder, reward_model_folder, scored_by
     from distrl.learn.record import length, recorded
     from distrl.learn.replay import replay
-    from distrl.score.compose import with_default_part
 
     next(recorded(directory.recording))  # a clear error before the models are loaded
     policy, reward_model = policy_folder(config), reward_model_folder(config)
-    scored = with_default_part(config.score, (reward_model or policy).resolve())
-    began = origin_of(config.model_copy(update={"score": scored}), policy)
+    began = origin_of(config.model_copy(update={"score": scored_by(config)}), policy)
     check_same_start(directory, began, "a replay")
     total = min(length(directory.recording), options.until or sys.maxsize)
     with (

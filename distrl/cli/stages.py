@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from distrl.checkpoint import RunDir, RunDirError
 from distrl.checkpoint.run_dir import flat
-from distrl.config import Config, ConfigError, dump_yaml, resolve
+from distrl.config import Config, ConfigError, ScoreConfig, dump_yaml, resolve
+from distrl.data.errors import DataError
+from distrl.data.rows import read_rows
 from distrl.data.smollm2 import resolve_model
+from distrl.data.sources import REVIEWS
 from distrl.disk import write_whole
 from distrl.learn.allocator import return_freed_memory
 from distrl.metrics import StageProgress, stage_progress
+from distrl.score.compose import with_default_part
 
 if TYPE_CHECKING:
     from distrl.learn.loop import OnStep
@@ -118,15 +122,20 @@ def policy_folder(config: Config) -> Path:
 def reward_model_folder(config: Config) -> Path | None:
     """The reward model that the critic may start from: the first of `score.parts` that is one,
     or this run's own; None where only functions reward."""
-    if not config.score.parts:
-        return reward_stage(config).folder / "model"
-    models = [part.model for part in config.score.parts if part.model is not None]
+    models = [part.model for part in scored_by(config).parts if part.model is not None]
     if not models and config.learn.has_critic and config.learn.value.start == "reward_model":
         raise ConfigError(
             "score.parts names no reward model for the critic to start from; "
             "set learn.value.start=policy"
         )
     return Path(models[0]) if models else None
+
+
+def scored_by(config: Config) -> ScoreConfig:
+    """`config.score` with a folder or a function in each part: this run's own reward model lies
+    where the run does, and "own" is looked up here alone."""
+    own = reward_stage(config).folder / "model"
+    return with_default_part(config.score, own.resolve())
 
 
 def claimed(config: Config, *, resume: bool, fresh: bool) -> RunDir:
@@ -255,13 +264,43 @@ def ensure_reward_model(config: Config, *, fresh: bool = False) -> None:
     if trains_reward_model(config):
         make_reward_model(config, fresh=fresh)
     else:
-        print("Reward model: none to train, score.parts names the rewards", flush=True)
+        print(f"Reward model: {_none_to_train(config)}", flush=True)
+
+
+def _none_to_train(config: Config) -> str:
+    """Whose the reward models are, where no part of the reward is this run's own."""
+    owners = {}
+    for part in config.score.parts:
+        lies = Path(part.model or "").resolve()
+        if part.model and lies.parts[-2:] == ("reward-model", "model"):
+            owners[part.name] = lies.parents[1]
+    root = config.run.root
+    theirs = [
+        f"{name!r} is {root / owner.name}'s"
+        for name, owner in owners.items()
+        if owner.parent == root.resolve()
+    ]
+    if not theirs:
+        return "none to train, score.parts names the rewards"
+    own = "; for one that learns from this run's ratings, say 'model: own' there"
+    return f"none to train; {', '.join(theirs)}" + own * _has_ratings(config)
+
+
+def _has_ratings(config: Config) -> bool:
+    """Whether the run's rows are rated, going by the first of them."""
+    if config.data.source == REVIEWS:
+        return True
+    try:
+        _, row = next(read_rows(config.data.source))
+    except DataError:  # told by whoever needs the rows
+        return False
+    return {config.data.responses_column, config.data.ratings_column} <= row.keys()
 
 
 def trains_reward_model(config: Config) -> bool:
     """Whether a part of the reward is the run's own reward model."""
-    named = [part.model for part in config.score.parts if part.model is not None]
-    return not config.score.parts or any(is_own(config, model) for model in named)
+    named = [part.model for part in scored_by(config).parts if part.model is not None]
+    return any(is_own(config, model) for model in named)
 
 
 def is_own(config: Config, model: str | Path) -> bool:

@@ -38,6 +38,7 @@ from distrl.cli.stages import (
     ensure_sft,
     policy_folder,
     reward_model_folder,
+    scored_by,
 )
 from distrl.config import Config, ConfigError
 from distrl.data.sources import load_prompts
@@ -60,7 +61,6 @@ from distrl.metrics import (
 )
 from distrl.models.folder import META_FILE
 from distrl.roles import PayloadLost
-from distrl.score.compose import with_default_part
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +154,7 @@ def train(options: Options, directory: RunDir) -> Summary:
     """Run PPO in the claimed run directory, from nothing or from its newest checkpoint."""
     config = options.config
     policy, reward_model = policy_folder(config), reward_model_folder(config)
-    config = config.model_copy(
-        update={"score": with_default_part(config.score, (reward_model or policy).resolve())}
-    )
+    config = config.model_copy(update={"score": scored_by(config)})
     source = prompt_stream(config, policy)
     check_models(config, policy, reward_model)
     origin = origin_of(config, policy)

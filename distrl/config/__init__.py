@@ -19,6 +19,7 @@ from distrl.config.learn import (
     ValueConfig,
 )
 from distrl.config.ring import (
+    OWN,
     GenerateConfig,
     OverlongConfig,
     RewardPart,
@@ -39,6 +40,7 @@ from distrl.config.whole import PRESETS, Config, dump_yaml, preset_path, read_ya
 
 __all__ = [
     "HEAD_SIZES",
+    "OWN",
     "PRESETS",
     "AdvantageConfig",
     "ClusterConfig",

@@ -53,11 +53,18 @@ RESERVED_PARTS = ("mean", "std", "missing_eos_penalty", "overlong")
 """What reward/<name> means already: the sum's own figures, and its penalties."""
 
 
+OWN = "own"
+"""What a part says for a folder whose reward model is the run's own, wherever the run lies."""
+
+
 class RewardPart(Section):
     """One part of the reward. Exactly one of `model` and `function`."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="its metric is reward/<name>")
-    model: str | None = Field(default=None, description="folder of a trained reward model")
+    model: str | None = Field(
+        default=None,
+        description="folder of a trained reward model, or 'own': the one that this run makes",
+    )
     function: str | None = Field(
         default=None,
         description="'module:function' called with keyword arguments prompt, response, meta",

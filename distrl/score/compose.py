@@ -9,7 +9,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from distrl.config import ConfigError, OverlongConfig, RewardPart, ScoreConfig
+from distrl.config import OWN, ConfigError, OverlongConfig, RewardPart, ScoreConfig
 from distrl.models import best_device
 from distrl.models.crew import ALONE, Crew
 from distrl.records import Rollout, Sample, Score, ScoredRollout
@@ -127,12 +127,18 @@ def overlong_penalty(tokens: int, config: OverlongConfig) -> float:
 
 
 def with_default_part(config: ScoreConfig, reward_model: Path) -> ScoreConfig:
-    """`config` as it is where it names parts, else with the run's own reward model as the one
-    part, called "reward_model"."""
-    if config.parts:
+    """`config` with the run's own reward model in each part that says "own", and as the one part,
+    called "reward_model", where it names none."""
+    if not config.parts:
+        parts = (RewardPart(name="reward_model", model=str(reward_model)),)
+    elif any(part.model == OWN for part in config.parts):
+        own = {"model": str(reward_model)}
+        parts = tuple(
+            part.model_copy(update=own) if part.model == OWN else part for part in config.parts
+        )
+    else:
         return config
-    part = RewardPart(name="reward_model", model=str(reward_model))
-    return config.model_copy(update={"parts": (part,)})
+    return config.model_copy(update={"parts": parts})
 
 
 def _reward(

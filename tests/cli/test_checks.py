@@ -323,6 +323,16 @@ def test_a_bad_rating_is_told_before_the_stage_that_it_is_not_of(
     assert f"rows.jsonl:{place + 1}: " in capsys.readouterr().err
 
 
+def test_ratings_are_read_wherever_a_part_is_the_run_s_own(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    place = first_of("train", rated())
+    config = spoilt(recipe, tmp_path / "rows.jsonl", place, ratings=[1])
+    parts = {"parts": [{"name": "taste", "model": "own"}]}
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{place + 1}: 1 numbers in 'ratings'"):
+        prepared(Config.model_validate(config.model_dump() | {"score": parts}))
+
+
 def test_a_bad_prompt_is_told_before_the_reward_model_has_its_policy(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from distrl.cli.main import main
 from distrl.cli.options import merged, validated
-from distrl.cli.stages import claimed
+from distrl.cli.stages import claimed, scored_by
 from distrl.cli.train import prepare_stages, prompt_stream
 from distrl.config import Config
 from distrl.data.tokenizer import load_tokenizer
@@ -60,11 +60,10 @@ def config(folder: Path) -> Config:
     found = re.search(r"```yaml\n(# mine\.yaml\n.*?)```", README.read_text(), re.DOTALL)
     assert found, "the README has no mine.yaml"
     values: dict[str, Any] = yaml.safe_load(found[1])
-    assert values["score"]["parts"][0]["model"] == "runs/mine/reward-model/model"
+    assert values["score"]["parts"][0]["model"] == "own"
     values["run"]["root"] = str(folder / "runs")
     values["model"]["path"] = str(folder / "model")
     values["data"]["source"] = str(folder / "train.jsonl")
-    values["score"]["parts"][0]["model"] = str(folder / "runs/mine/reward-model/model")
     whole = merged(values, SMALL)
     (folder / "mine.yaml").write_text(yaml.safe_dump(whole))
     return validated(whole)
@@ -98,7 +97,7 @@ def test_prompts_are_chat_and_rewards_are_of_both_parts(trained: Config, folder:
     prompt = stream.next()
     assert prompt.text.startswith("user: number") and prompt.text.endswith("assistant:")
     tokenizer = load_tokenizer(folder / "model")
-    reward = RewardSum.of(trained.score, tokenizer)
+    reward = RewardSum.of(scored_by(trained), tokenizer)
     ids = np.array(tokenizer.encode(" a good film", add_special_tokens=False), dtype=np.int32)
     sample = Sample(
         text=" a good film",

@@ -20,6 +20,7 @@ from distrl.cli.stages import (
     policy_folder,
     reward_model_folder,
     reward_stage,
+    scored_by,
     sft_stage,
 )
 from distrl.config import Config, ConfigError, dump_yaml
@@ -252,6 +253,44 @@ def test_no_reward_model_is_trained_where_others_reward(made: list[str], tmp_pat
     parts = [{"name": "rule", "function": "m:f"}]
     ensure_reward_model(config(tmp_path, score={"parts": parts}))
     assert made == []
+
+
+def test_a_part_may_be_the_run_s_own_reward_model_whatever_the_run_is_called(
+    made: list[str], tmp_path: Path
+) -> None:
+    parts = [{"name": "other", "model": "there"}, {"name": "taste", "model": "own"}]
+    for name in ("first", "second"):
+        run = {"name": name, "root": str(tmp_path)}
+        settings = config(tmp_path, run=run, score={"parts": parts})
+        both(settings)
+        assert [part.model for part in scored_by(settings).parts] == [
+            "there",
+            str(tmp_path / name / "reward-model" / "model"),
+        ]
+        assert "model: own" in dump_yaml(settings), "so that a run that is moved finds it"
+        alone = config(tmp_path, run=run, score={"parts": parts[1:]})
+        assert reward_model_folder(alone) == tmp_path / name / "reward-model" / "model"
+    assert made == ["sft", "reward model"] * 2
+
+
+@pytest.mark.parametrize("rated", [True, False])
+def test_another_run_s_reward_model_is_called_so(
+    made: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rated: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "p"} | ({"responses": ["a", "b"], "ratings": [1, 0]} if rated else {})
+    Path("rows.jsonl").write_text(json.dumps(row))
+    parts = [{"name": "taste", "model": "runs/mine/reward-model/model"}]
+    run = {"name": "second", "root": "runs"}
+    settings = config(tmp_path, run=run, score={"parts": parts}, data={"source": "rows.jsonl"})
+    ensure_reward_model(settings)
+    said = capsys.readouterr().out
+    assert said.startswith("Reward model: none to train; 'taste' is runs/mine's")
+    assert ("'model: own'" in said) is rated and made == []
 
 
 def test_commands_make_the_stage_before(

@@ -111,6 +111,13 @@ def test_the_run_s_own_reward_model_stands_in_for_no_parts():
     assert with_default_part(filled, Path("other")) is filled
 
 
+def test_the_run_s_own_reward_model_is_found_where_a_part_says_so():
+    rule = RewardPart(name="rule", function="builtins:len")
+    parts = (rule, RewardPart(name="taste", model="own", weight=2.0))
+    found = with_default_part(ScoreConfig(parts=parts), Path("runs/x/model")).parts
+    assert found == (rule, RewardPart(name="taste", model="runs/x/model", weight=2.0))
+
+
 @pytest.mark.parametrize(
     "tokens, penalty", [(1, 0.0), (16, 0.0), (18, -1.0), (20, -2.0), (40, -2.0)]
 )
