@@ -12,7 +12,7 @@ from distrl.checkpoint import RunDir
 from distrl.cli.evaluate import evaluate
 from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
-from distrl.cli.stages import check_claim, claimed
+from distrl.cli.stages import check_claim, claimed, outlook, reward_stage, sft_stage
 from distrl.cli.train import finished, prepare_stages, report, train
 from distrl.config import Config
 
@@ -21,7 +21,8 @@ def run(options: Options) -> int:
     config = options.config
     options = _going_on(options)
     if options.dry_run:
-        print_plan(config)
+        fresh = (sft_stage(config).title, reward_stage(config).title) if options.fresh else ()
+        print_plan(config, outlook(config, fresh=fresh))
         check_claim(config, resume=options.resume, fresh=options.fresh)
         return 0
     began = time.monotonic()

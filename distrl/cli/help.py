@@ -25,7 +25,8 @@ FLAGS = {
     "--preset NAME": "a recipe that comes with distrl: "
     + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))),
     "--config FILE.yaml": "your own settings, by section; they go over the preset's",
-    "--dry-run": "print the resolved settings and what would be placed where, and stop",
+    "--dry-run": "print the resolved settings, what would be placed where and which stages would "
+    "be made, and stop",
 }
 
 RUN_FLAGS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.table import Table
 
@@ -15,9 +17,9 @@ from distrl.data.smollm2 import resolve_model
 GIB = 2**30
 
 
-def print_plan(config: Config) -> None:
-    """Print everything; raises ConfigError, PlacementError, ModelError or DataError for what cannot
-    work."""
+def print_plan(config: Config, stages: Iterable[str] = ()) -> None:
+    """Print everything, and what becomes of the `stages`, a line each; raises ConfigError,
+    PlacementError, ModelError or DataError for what cannot work."""
     check_functions(config)
     check_context(config)
     check_what_is_there(config)
@@ -25,6 +27,8 @@ def print_plan(config: Config) -> None:
     console.print(dump_yaml(config), highlight=False, markup=False)
     console.print(_limits(config))
     console.print(_placement(config))
+    for line in stages:
+        print(line)
 
 
 def _limits(config: Config) -> Table:

@@ -12,6 +12,7 @@ from distrl.cli.stages import (
     check_kept,
     claimed,
     ensure_sft,
+    outlook,
     policy_folder,
     sft_stage,
 )
@@ -20,7 +21,8 @@ from distrl.cli.stages import (
 def run(options: Options) -> int:
     anew = sft_stage(options.config) if options.fresh else None
     if options.dry_run:
-        print_plan(options.config)
+        fresh = (anew.title,) if anew else ()
+        print_plan(options.config, outlook(options.config, fresh=fresh, rewards=False))
         check_claim(options.config, resume=True, fresh=False)
         check_kept(options.config, RunDir(options.config.run.dir), anew)
         return 0

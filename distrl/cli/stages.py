@@ -1,16 +1,18 @@
 """The stages before PPO: made when they are missing, reused when they are there.
 
 A stage is finished when its folder holds `stage.json` with the very settings that it
-would be made with now; that file is written last.
+would be made with now; that file is written last. What was finished before with other settings
+is kept beside it (`sft.old`) until then.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,10 @@ from distrl.score.compose import with_default_part
 if TYPE_CHECKING:
     from distrl.learn.loop import OnStep
     from distrl.learn.reward_model import RewardReport
+
+
+CALLED = {"samples": "[generate.max_new_tokens, generate.temperature]"}
+"""What people know a stage's settings by, where that is not what `stage.json` has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,20 +71,58 @@ class Stage:
                     flush=True,
                 )
 
+    @property
+    def old(self) -> Stage:
+        """Where what was finished lies while another outcome is made."""
+        return replace(self, folder=self.folder.with_name(f"{self.folder.name}.old"))
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """The settings of what was finished last, here or put aside; None where nothing was."""
+        return self._made_with() or self.old._made_with()
+
+    def reusable(self) -> bool:
+        """Whether what these settings make is there, maybe put aside."""
+        return self.finished() or self.old.finished()
+
+    def outlook(self, anew: str = "") -> str:
+        """What becomes of it: reused, made, or made anew and why, which is `anew` (empty: reuse it)
+        unless its settings have changed."""
+        if not anew and self.reusable():
+            return f"finished before, reusing {self.folder}"
+        if self.before is None:
+            return f"made in {self.folder}"
+        before, now = flat(self.before), flat(self.settings)
+        names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+        changed = [
+            f"{CALLED.get(name, name)} ({before.get(name)} -> {now.get(name)})" for name in names
+        ]
+        why = f"other settings: {', '.join(changed)}" if changed else anew
+        kept = f"until it is finished, the one before stays in {self.old.folder}"
+        return f"made anew in {self.folder}; {why}; {kept}"
+
+    def put_back(self) -> None:
+        """What was put aside takes its place again, where these are its settings and what was to
+        follow it was never finished."""
+        if not self.finished() and self.old.finished():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(self.old.folder, self.folder)
+
+    def make_room(self, anew: str = "--fresh") -> None:
+        """For another outcome; of one that was finished, say why, and put it aside."""
+        if self.before is not None:
+            print(f"{self.title}: {self.outlook(anew)}", flush=True)
+        if self._made_with() is not None:
+            shutil.rmtree(self.old.folder, ignore_errors=True)
+            os.replace(self.folder, self.old.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self) -> None:
         write_whole(self.folder / "stage.json", json.dumps(self.settings, indent=1))
+        shutil.rmtree(self.old.folder, ignore_errors=True)
 
-    def clear(self, cause: str = "--fresh") -> None:
-        """Make room for another outcome; of one that was finished, say why it goes: `cause`, unless
-        its settings have changed."""
-        made_with = self._made_with()
-        if made_with is not None:
-            before, now = flat(made_with), flat(self.settings)
-            names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-            changed = [f"{name} ({before.get(name)} -> {now.get(name)})" for name in names]
-            why = f"other settings: {', '.join(changed)}" if changed else cause
-            print(f"{self.title}: made anew in {self.folder}; {why}", flush=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+OF_ANOTHER_POLICY = "it came of the SFT policy that is made anew"
 
 
 def sft_stage(config: Config) -> Stage:
@@ -226,23 +270,47 @@ def check_context(config: Config) -> None:
             )
 
 
+def outlook(
+    config: Config, *, fresh: Collection[str] = (), rewards: bool | None = None
+) -> Iterator[str]:
+    """A line on what would become of each stage. fresh: titles of those that are asked for anew;
+    rewards: whether the reward model is made; None: where a part of the reward comes of it."""
+    sft, second = sft_stage(config), reward_stage(config)
+    anew = "--fresh" if sft.title in fresh else ""
+    yield f"{sft.title}: {sft.outlook(anew) if config.sft.epochs else _no_sft(config)}"
+    remade = config.sft.epochs > 0 and (bool(anew) or not sft.reusable())
+    anew = OF_ANOTHER_POLICY if remade else "--fresh" if second.title in fresh else ""
+    made = trains_reward_model(config) if rewards is None else rewards
+    if made or (remade and second.before is not None):
+        yield f"{second.title}: {second.outlook(anew)}"
+    elif rewards is None:
+        yield f"{second.title}: {_none_to_train(config)}"
+
+
+def _no_sft(config: Config) -> str:
+    return f"none (sft.epochs=0), the policy is {config.model.path}"
+
+
 def ensure_sft(config: Config, *, fresh: bool = False) -> None:
     """Run the SFT stage unless it is finished or not wanted (`sft.epochs=0`); a reward model that
     came of what was there goes with it."""
     from distrl.learn.sft import run_sft
 
     if not config.sft.epochs:
-        print(f"SFT: none (sft.epochs=0), the policy is {config.model.path}", flush=True)
+        print(f"SFT: {_no_sft(config)}", flush=True)
         return
-    stage = sft_stage(config)
+    stage, after = sft_stage(config), reward_stage(config)
+    if not fresh:
+        stage.put_back()
     if stage.finished() and not fresh:
         print(f"SFT: finished before, reusing {stage.folder / 'policy'}", flush=True)
         stage.tell_of_newer(config)
         return
-    reward_stage(config).clear("it came of the SFT policy that is made anew")
-    stage.clear()
+    after.make_room(OF_ANOTHER_POLICY)
+    stage.make_room()
     with _progress(stage.title) as on_step:
         report = run_sft(config, stage.folder, on_step)
+    (after.old.folder / "stage.json").unlink(missing_ok=True)  # its policy is gone: not put back
     stage.finish()
     return_freed_memory()
     print(
@@ -313,11 +381,13 @@ def make_reward_model(config: Config, *, fresh: bool = False) -> None:
     from distrl.learn.reward_model import run_reward_model
 
     stage = reward_stage(config)
+    if not fresh:
+        stage.put_back()
     if stage.finished() and not fresh:
         print(f"Reward model: finished before, reusing {stage.folder / 'model'}", flush=True)
         stage.tell_of_newer(config)
         return
-    stage.clear()
+    stage.make_room()
     with _progress(stage.title) as on_step:
         report = run_reward_model(config, policy_folder(config), stage.folder, on_step)
     stage.finish()

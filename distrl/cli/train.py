@@ -36,6 +36,7 @@ from distrl.cli.stages import (
     claimed,
     ensure_reward_model,
     ensure_sft,
+    outlook,
     policy_folder,
     reward_model_folder,
     scored_by,
@@ -72,7 +73,7 @@ def run(options: Options) -> int:
     if options.resume:
         check_there_is_a_run(options.config)
     if options.dry_run:
-        print_plan(options.config)
+        print_plan(options.config, outlook(options.config))
         check_claim(options.config, resume=options.resume, fresh=options.fresh)
         return 0
     with claimed(options.config, resume=options.resume, fresh=options.fresh) as directory:

@@ -35,6 +35,10 @@ def test_dry_run_prints_and_touches_nothing(
     for role in ("learner", "generator", "scorer"):
         assert role in said[said.index("Placement") :]
     assert "GiB" in said
+    if command != "evaluate":  # which makes none
+        name = "demo" if command == "demo" else "run"
+        assert f"SFT: made in {root / name / 'sft'}\n" in said
+    assert ("Reward model: made in" in said) is (command not in ("evaluate", "sft"))
     assert not root.exists()
 
 

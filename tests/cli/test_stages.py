@@ -17,6 +17,7 @@ from distrl.cli.stages import (
     claimed,
     ensure_reward_model,
     ensure_sft,
+    outlook,
     policy_folder,
     reward_model_folder,
     reward_stage,
@@ -172,6 +173,86 @@ def test_a_stage_that_is_made_anew_says_why(
     assert "-> 0.5)" in said and "Reward model: made anew" in said
     both(config(tmp_path, sft={"lr": 0.5}), fresh=True)
     assert "made anew" in (said := capsys.readouterr().out) and "--fresh" in said
+
+
+def cut_short(patch: pytest.MonkeyPatch, which: str) -> None:
+    """The stage is interrupted as soon as its folder is there."""
+
+    def interrupted(*given: Any) -> Any:
+        given[-2].mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    patch.setattr(f"distrl.learn.{which}.run_{which}", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("which", "changed"),
+    [("sft", {"sft": {"lr": 0.5}}), ("reward_model", {"generate": {"temperature": 0.5}})],
+)
+def test_what_was_finished_is_kept_until_its_successor_is(
+    made: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    which: str,
+    changed: dict[str, Any],
+) -> None:
+    both(config(tmp_path))
+    (tmp_path / "r/sft/policy/weights").touch()
+    (tmp_path / "r/reward-model/model/weights").touch()
+    made.clear()
+    with monkeypatch.context() as patch:
+        cut_short(patch, which)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                both(config(tmp_path, **changed))
+            said = capsys.readouterr().out
+            assert "until it is finished, the one before stays in" in said
+            assert (tmp_path / "r/reward-model.old/model/weights").exists()
+    both(config(tmp_path))
+    assert made == [] and capsys.readouterr().out.count("finished before, reusing") == 2
+    assert (tmp_path / "r/sft/policy/weights").exists()
+    assert (tmp_path / "r/reward-model/model/weights").exists()
+    both(config(tmp_path, **changed))
+    assert not list((tmp_path / "r").glob("*.old"))
+    assert all(stage(config(tmp_path, **changed)).finished() for stage in (sft_stage, reward_stage))
+
+
+def test_a_reward_model_of_a_policy_that_is_gone_is_kept_but_not_put_back(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(config(tmp_path))
+    with monkeypatch.context() as patch:
+        cut_short(patch, "reward_model")
+        with pytest.raises(KeyboardInterrupt):
+            both(config(tmp_path, sft={"lr": 0.5}))
+    assert (tmp_path / "r" / "reward-model.old" / "model").exists()
+    made.clear()
+    both(config(tmp_path))
+    assert made == ["sft", "reward model"] and not list((tmp_path / "r").glob("*.old"))
+
+
+def test_the_plan_says_what_becomes_of_the_stages(made: list[str], tmp_path: Path) -> None:
+    sft, rewards = (tmp_path / "r" / name for name in ("sft", "reward-model"))
+    assert [*outlook(config(tmp_path))] == [
+        f"SFT: made in {sft}",
+        f"Reward model: made in {rewards}",
+    ]
+    both(config(tmp_path))
+    assert all("finished before, reusing" in line for line in outlook(config(tmp_path)))
+    first, second = outlook(config(tmp_path, generate={"temperature": 0.5}))
+    assert first == f"SFT: finished before, reusing {sft}"
+    assert f"made anew in {rewards}; other settings: [generate.max_new_tokens, gen" in second
+    assert "generate.temperature] ([40, 1.0] -> [40, 0.5])" in second
+    first, second = outlook(config(tmp_path, sft={"lr": 0.5}))
+    assert "other settings: sft.lr (0.002 -> 0.5)" in first and "sft.lr" in second
+    first, second = outlook(config(tmp_path), fresh=["SFT"], rewards=False)
+    assert "made anew" in first and "; --fresh; " in first and "came of the SFT policy" in second
+    assert len([*outlook(config(tmp_path), rewards=False)]) == 1
+    rule = {"parts": [{"name": "rule", "function": "m:f"}]}
+    (*_, told) = outlook(config(tmp_path, score=rule))
+    assert told == "Reward model: none to train, score.parts names the rewards"
+    assert made == ["sft", "reward model"]
 
 
 def test_a_stage_that_was_cut_short_is_made_again(
