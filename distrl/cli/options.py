@@ -127,6 +127,7 @@ def _values(
     made_with: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values of all sources, and the flags."""
+    _check_one_source(argv)
     given = _given(argv)
     flags = {name: given.pop(name, None) for name in FLAGS} | _dashed(given)
     if preset := flags["preset"] or default_preset:
@@ -135,6 +136,18 @@ def _values(
     if flags["config"]:
         values = merged(values, read_yaml(Path(flags["config"])))
     return merged(values, given), flags
+
+
+def _check_one_source(argv: list[str]) -> None:
+    """Raise ConfigError where there are two presets or two files: the first would be lost."""
+    for name, way in (("--preset", "name one"), ("--config", "put what they say into one file")):
+        parts = [part for word in argv for part in _parted(word, {name})]
+        values = [value for flag, value in pairwise(parts) if flag == name]
+        if len(values) > 1:
+            raise ConfigError(
+                f"{name} is given twice, {' and '.join(values)}, and the last alone would count; "
+                f"{way}"
+            )
 
 
 def _check_honoured(command: str, flags: dict[str, Any]) -> None:

@@ -120,6 +120,14 @@ def test_merging_leaves_both_sides_alone() -> None:
 # What is refused, and what the message has to name: the field, and the way out.
 REFUSED = {
     "unknown word": (["--learn.lrr", "1"], ["--learn.lrr", "--learn.lr?"]),
+    "two presets": (
+        ["--preset", "demo", "--preset=grpo"],
+        ["--preset is given twice, demo and grpo, ", "name one"],
+    ),
+    "two files": (
+        ["--config=a.yaml", "--learn.lr", "1e-5", "--config", "b.yaml"],
+        ["--config is given twice, a.yaml and b.yaml, ", "one file"],
+    ),
     "unknown section": (["--lern.lr", "1"], ["--lern.lr", "--learn.lr?"]),
     "stray word": (["train"], ["unrecognized arguments: train"]),
     "no value": (["--learn.lr"], ["--learn.lr", "expected one argument"]),
