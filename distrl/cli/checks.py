@@ -1,6 +1,7 @@
 """What a run would find only after its first stages: looked at before, as far as it is there.
 
-`--dry-run` calls `check_what_is_there` too; `check_rows` is for before the first stage alone.
+`--dry-run` calls `check_what_is_there` before its plan, and `check_rows` (or what else a command
+reads) after it, unless the rows are the built-in ones and still to be fetched (`rows_are_here`).
 Nothing is trained, and no weight is read.
 """
 
@@ -21,7 +22,7 @@ from distrl.cli.stages import (
 )
 from distrl.config import Config, ConfigError
 from distrl.data.errors import DataError, NoRows
-from distrl.data.reviews import Split
+from distrl.data.reviews import Split, reviews_are_here
 from distrl.data.smollm2 import resolve_model
 from distrl.data.sources import (
     REVIEWS,
@@ -58,6 +59,11 @@ def check_what_is_there(config: Config) -> None:
     texts = config.learn.pretrain.source or config.data.source
     if config.learn.pretrain.coef and texts != REVIEWS:
         pretrain_rows(config)
+
+
+def rows_are_here(config: Config) -> bool:
+    """Whether the run's rows can be looked at without a package that is still to be fetched."""
+    return config.data.source != REVIEWS or reviews_are_here()
 
 
 def check_rows(config: Config, *, evaluates: bool = False) -> None:
@@ -121,6 +127,12 @@ def check_reference_prompts(config: Config) -> None:
     """Read the prompts on which a reward model's scale is measured, before any stage. Where the
     tokenizer is not there yet, how long they are is left to the stage itself."""
     _prompts(config, "train", _known_tokenizer(config))
+
+
+def check_held_out_prompts(config: Config) -> None:
+    """Read the prompts that an evaluation is drawn from, as far as they can be without an SFT stage
+    that is not finished yet."""
+    _prompts(config, "test", _known_tokenizer(config))
 
 
 def _prompts(config: Config, split: Split, tokenizer: Any) -> list[PromptRow]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from distrl.checkpoint import RunDir
+from distrl.cli.checks import check_rows, rows_are_here
 from distrl.cli.evaluate import evaluate
 from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
@@ -24,6 +25,8 @@ def run(options: Options) -> int:
         fresh = (sft_stage(config).title, reward_stage(config).title) if options.fresh else ()
         print_plan(config, outlook(config, fresh=fresh))
         check_claim(config, resume=options.resume, fresh=options.fresh)
+        if rows_are_here(config):
+            check_rows(config, evaluates=True)
         return 0
     began = time.monotonic()
     with claimed(config, resume=options.resume, fresh=options.fresh) as directory:

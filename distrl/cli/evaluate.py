@@ -17,6 +17,7 @@ from pathlib import Path
 from distrl.actors.launch import learner_spec
 from distrl.actors.process import log_to, tail
 from distrl.checkpoint import Checkpoints, RunDir
+from distrl.cli.checks import check_held_out_prompts, rows_are_here
 from distrl.cli.options import Options
 from distrl.cli.origin import check_same_start, policy_origin
 from distrl.cli.plan import print_plan
@@ -44,6 +45,8 @@ from distrl.sync.memory import SharedMemoryPublisher
 def run(options: Options) -> int:
     if options.dry_run:
         print_plan(options.config)
+        if rows_are_here(options.config):
+            check_held_out_prompts(options.config)
         return 0
     evaluate(options.config)
     return 0

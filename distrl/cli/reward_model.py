@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from distrl.checkpoint import RunDir
-from distrl.cli.checks import check_comparisons, check_demonstrations, check_reference_prompts
+from distrl.cli.checks import (
+    check_comparisons,
+    check_demonstrations,
+    check_reference_prompts,
+    rows_are_here,
+)
 from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
@@ -16,6 +21,7 @@ from distrl.cli.stages import (
     outlook,
     reward_stage,
 )
+from distrl.config import Config
 
 
 def run(options: Options) -> int:
@@ -25,15 +31,22 @@ def run(options: Options) -> int:
         print_plan(options.config, outlook(options.config, fresh=fresh, rewards=True))
         check_claim(options.config, resume=True, fresh=False)
         check_kept(options.config, RunDir(options.config.run.dir), anew)
+        if rows_are_here(options.config):
+            check_all_rows(options.config)
         return 0
     with claimed(options.config, resume=True, fresh=False) as directory:
         check_kept(options.config, directory, anew)
         check_context(options.config)
-        check_demonstrations(options.config)
-        check_comparisons(options.config)
-        check_reference_prompts(options.config)
+        check_all_rows(options.config)
         directory.begin()
         ensure_sft(options.config)
         make_reward_model(options.config, fresh=options.fresh)
     print(f"reward model: {reward_stage(options.config).folder / 'model'}")
     return 0
+
+
+def check_all_rows(config: Config) -> None:
+    """Read every row that the command will use, before its first stage. Raises DataError."""
+    check_demonstrations(config)
+    check_comparisons(config)
+    check_reference_prompts(config)

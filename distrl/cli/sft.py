@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distrl.checkpoint import RunDir
-from distrl.cli.checks import check_demonstrations
+from distrl.cli.checks import check_demonstrations, rows_are_here
 from distrl.cli.options import Options
 from distrl.cli.plan import print_plan
 from distrl.cli.stages import (
@@ -25,6 +25,8 @@ def run(options: Options) -> int:
         print_plan(options.config, outlook(options.config, fresh=fresh, rewards=False))
         check_claim(options.config, resume=True, fresh=False)
         check_kept(options.config, RunDir(options.config.run.dir), anew)
+        if rows_are_here(options.config):
+            check_demonstrations(options.config)
         return 0
     with claimed(options.config, resume=True, fresh=False) as directory:
         check_kept(options.config, directory, anew)

@@ -24,6 +24,7 @@ from distrl.cli.checks import (
     check_what_is_there,
     known_policy,
     pretrain_rows,
+    rows_are_here,
 )
 from distrl.cli.options import Options
 from distrl.cli.origin import check_origin, origin_of
@@ -75,6 +76,8 @@ def run(options: Options) -> int:
     if options.dry_run:
         print_plan(options.config, outlook(options.config))
         check_claim(options.config, resume=options.resume, fresh=options.fresh)
+        if rows_are_here(options.config):
+            check_rows(options.config)
         return 0
     with claimed(options.config, resume=options.resume, fresh=options.fresh) as directory:
         if options.resume and finished(options.config, directory):

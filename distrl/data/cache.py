@@ -61,6 +61,11 @@ def package_file(requirement: str, filename: str, sha256: str, *, source: bool) 
     return path
 
 
+def is_cached(filename: str, sha256: str) -> bool:
+    """Whether `package_file` would find the file in the cache, with nothing to fetch."""
+    return _is_good(cache_folder() / filename, sha256)
+
+
 def built_folder(name: str, build: Callable[[Path], None]) -> Path:
     """The cache's folder `name`, which `build` filled once.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from distrl.data.cache import package_file
+from distrl.data.cache import is_cached, package_file
 
 Split = Literal["train", "validation", "test"]
 
@@ -84,6 +84,11 @@ def load_reviews() -> tuple[Review, ...]:
             ratings=(*(first.ratings if first else ()), *ratings_by_id[review_id]),
         )
     return tuple(merged.values())
+
+
+def reviews_are_here() -> bool:
+    """Whether `load_reviews` needs no package that is still to be fetched."""
+    return is_cached(FILENAME, SHA256)
 
 
 def _member(archive: tarfile.TarFile, name: str) -> io.BytesIO:

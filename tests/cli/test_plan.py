@@ -42,6 +42,34 @@ def test_dry_run_prints_and_touches_nothing(
     assert not root.exists()
 
 
+@pytest.mark.parametrize("command", ["demo", "sft", "reward-model", "train", "evaluate"])
+def test_rows_are_looked_at_after_the_plan_is_shown(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "nowhere.jsonl"
+    words = ["--run.root", str(tmp_path / "runs"), "--data.source", str(rows)]
+    assert main([command, "--dry-run", *words]) == 1
+    said = capsys.readouterr()
+    assert "Placement" in said.out and f"{rows} does not exist" in said.err
+    rows.write_text('{"prompt": "p", "response": "a", "responses": ["a"], "ratings": [1]}\n')
+    assert main([command, "--dry-run", *words, "--data.validation", str(rows)]) == (
+        1 if command not in ("sft", "evaluate") else 0
+    )
+    wrong = f"{rows}:1: column 'responses' needs two responses"
+    assert (wrong in capsys.readouterr().err) is (command not in ("sft", "evaluate"))
+
+
+@pytest.mark.parametrize("command", ["demo", "sft", "reward-model", "train", "evaluate"])
+def test_a_dry_run_fetches_nothing(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("distrl.data.reviews.load_reviews", lambda: pytest.fail("fetched"))
+    monkeypatch.setattr("distrl.data.sources.load_reviews", lambda: pytest.fail("fetched"))
+    assert main([command, "--dry-run", "--run.root", str(tmp_path / "runs")]) == 0
+    assert not (tmp_path / "cache").exists()
+
+
 def test_more_gpus_than_there_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
