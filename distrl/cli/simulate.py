@@ -51,7 +51,7 @@ scorers and a learner that only pass the time: hours of a thousand generators ta
   --from RUN        take configuration and durations from a real run
   --sweep NAME=...  run once for each value (of each combination, where given more than once);
                     NAME is a setting, or generators, scorers, max_staleness
-  --out DIR         write simulate.json and simulate.png there (default: runs/simulate)
+  --out DIR         write simulate.json there, and simulate.png of a sweep (default: runs/simulate)
   --no-audit        keep no ledger, and do not audit it at the end
 
 Settings, with those of section 'simulate' saying how long things take:
@@ -199,7 +199,7 @@ def _show(results: list[tuple[dict[str, Any], Outcome, Audit | None]], console: 
         caption="idle: % of time that generators, scorers, learner did nothing; ages: % of tokens, "
         "by versions; wasted: tokens",
     )
-    for column in (*(name.split(".")[-1] for name in names), "samples/s", "tokens/s"):
+    for column in (*_called(names), "samples/s", "tokens/s"):
         table.add_column(column, justify="right")
     for column in ("idle", "ages", "wasted", "audit"):
         table.add_column(column, justify="right")
@@ -224,6 +224,14 @@ def _show(results: list[tuple[dict[str, Any], Outcome, Audit | None]], console: 
         for finding in () if report is None else report.findings:
             if not finding.holds:
                 console.print(f"{finding.promise}: {finding.offenders[:3]}", style="red")
+
+
+def _called(names: Sequence[str]) -> list[str]:
+    """Dotted names by their last part, but for those that share it."""
+    last = [name.split(".")[-1] for name in names]
+    return [
+        name if last.count(short) > 1 else short for name, short in zip(names, last, strict=True)
+    ]
 
 
 def _write(out: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]]) -> None:
@@ -254,10 +262,11 @@ def _plot(path: Path, results: list[tuple[dict[str, Any], Outcome, Audit | None]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    *others, axis = list(results[0][0])
+    *others, axis = names = list(results[0][0])
+    called = dict(zip(names, _called(names), strict=True))
     lines: dict[str, list[tuple[Any, float]]] = {}
     for point, outcome, _ in results:
-        label = ", ".join(f"{name.split('.')[-1]} {point[name]}" for name in others)
+        label = ", ".join(f"{called[name]} {point[name]}" for name in others)
         lines.setdefault(label, []).append((point[axis], outcome.samples_per_second))
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     numbers = all(type(point[axis]) in (int, float) for point, _, _ in results)

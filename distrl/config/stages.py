@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distrl.config.base import ConfigError, Section
 
@@ -196,5 +197,11 @@ class EvaluateConfig(Section):
     bootstrap: int = Field(default=2000, ge=100, description="resamples of a 95 % interval")
     judge: str | None = Field(
         default="distrl.evaluate.judge:vader_compound",
-        description="'module:function' from a full text to a number, never used in training",
+        description="'module:function' from a full text to a number, never used in training; none: "
+        "no judge",
     )
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _no_judge(cls, value: Any) -> Any:
+        return None if str(value).lower() in ("none", "null") else value

@@ -271,7 +271,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} should hold a mapping of sections, found {type(values).__name__}"
         )
-    return values
+    return _without_empty(values, Config)
+
+
+def _without_empty(values: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    """`values` but for sections that say nothing, as their lines are all commented out: YAML has
+    null there, which is a value where a setting has it."""
+    out = {}
+    for name, value in values.items():
+        field = section.model_fields.get(name)
+        kind = field.annotation if field else None
+        if isinstance(kind, type) and issubclass(kind, Section):
+            if value is None:
+                continue
+            value = _without_empty(value, kind) if isinstance(value, dict) else value
+        out[name] = value
+    return out
 
 
 def _twice(node: yaml.Node | None, above: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:

@@ -38,6 +38,10 @@ def resolve_model(path: str | None) -> Path | None:
         return smollm2_checkpoint()
     folder = Path(path)
     if not folder.is_dir():
+        if folder.exists():
+            raise DataError(
+                f"model.path={path} is a file; give the checkpoint folder that it lies in"
+            )
         seen = "" if folder.is_absolute() else f" in {Path.cwd()}, which it is looked for from"
         raise DataError(
             f"model.path={path}: there is no such folder{seen}; give a Hugging Face checkpoint "

@@ -254,6 +254,22 @@ def test_what_a_file_says_again_by_an_alias_is_not_said_twice(tmp_path: Path) ->
         assert options("--config", str(path)).config == options().config
 
 
+def test_sections_whose_lines_are_all_commented_out_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text(
+        "driver:\n  # steps: 3\nlearn:\n  kl:\n    # coef: 1\nreward_model:\n  max_tokens:\n"
+    )
+    preset = ("--preset", "smollm2", "--model.path=smollm2")
+    expected = options(*preset, "--reward_model.max_tokens", "None").config
+    assert options(*preset, "--config", str(path)).config == expected
+
+
+@pytest.mark.parametrize("word", ["none", "null", "None"])
+def test_the_judge_can_be_left_out(word: str) -> None:
+    assert options("--evaluate.judge", word).config.evaluate.judge is None
+    assert options("--evaluate.judge=mine:judge").config.evaluate.judge == "mine:judge"
+
+
 def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
     for path in (tmp_path, tmp_path / "binary"):

@@ -59,6 +59,23 @@ def test_a_picture_is_in_the_order_of_its_numbers(
     assert lines == [drawn]
 
 
+def test_columns_of_settings_that_are_called_alike_have_their_full_names(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    sweeps = ("generators=1,2", "scorers=1,2", "max_staleness=1")
+    simulated(tmp_path, *(word for sweep in sweeps for word in ("--sweep", sweep)))
+    header = next(line for line in capsys.readouterr().out.splitlines() if "samples/s" in line)
+    assert "generate.workers" in header and "score.workers" in header
+    assert "max_staleness" in header and "driver.max_staleness" not in header
+
+
+def test_help_promises_a_picture_of_a_sweep_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    assert "write simulate.json there, and simulate.png of a sweep" in capsys.readouterr().out
+
+
 def test_a_single_run_leaves_no_picture_of_an_earlier_sweep(tmp_path, capsys):
     simulated(tmp_path, "--sweep", "generators=1,2")
     assert (tmp_path / "simulate.png").exists()

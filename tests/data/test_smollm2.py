@@ -22,6 +22,8 @@ def test_resolve_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"config\.json is a file; give the checkpoint folder"):
+        resolve_model(str(tmp_path / "config.json"))
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
