@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from distrl.data.rows import Messages
 from distrl.records import Int32s
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+log = logging.getLogger(__name__)
+_told: set[tuple[str, ...]] = set()
+"""Of which tokens this process has warned: a run loads its tokenizer many times."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, context: int) -> PreTrainedTokenizerFast:
@@ -59,8 +64,9 @@ def train_tokenizer(texts: Iterable[str], vocab: int, context: int) -> PreTraine
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder; nothing is downloaded, no code of it is run.
 
-    A missing padding token stays missing: masks come from lengths. Raises DataError where
-    there is no tokenizer, or one without an end-of-sequence token.
+    A missing padding token stays missing: masks come from lengths. Warns, once in a process,
+    where responses would end otherwise than sequences do. Raises DataError where there is no
+    tokenizer, or one without a vocabulary or an end-of-sequence token.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -75,12 +81,42 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             "folder should hold tokenizer.json and tokenizer_config.json, as save_pretrained "
             "writes them"
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(  # what transformers makes where the vocabulary's file is missing
+            f"the tokenizer in {folder} has nothing but special tokens, so it reads nothing of a "
+            "text; put the model's tokenizer.json and tokenizer_config.json there, as "
+            "save_pretrained writes them"
+        )
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer in {folder} has no end-of-sequence token, so responses could not end; "
             "set eos_token in its tokenizer_config.json"
         )
+    _compare_ends(tokenizer, folder)
     return tokenizer
+
+
+def _compare_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Warn where the model's generation_config.json names ends of responses, and the tokenizer's
+    end-of-sequence token is none of them."""
+    try:
+        named = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or transformers will refuse it
+        return
+    ids = named if isinstance(named, list) else [named]
+    if named in (None, []) or tokenizer.eos_token_id in ids:
+        return
+    ends = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
+    if (tokens := (str(tokenizer.eos_token), *ends)) not in _told:
+        _told.add(tokens)
+        log.warning(
+            "the tokenizer in %s ends a sequence with %s, and its generation_config.json ends "
+            "responses with %s: fine-tuning and the reward model would end texts as the model does "
+            "not; put the model's own tokenizer_config.json there, or set its eos_token",
+            folder,
+            tokens[0],
+            " or ".join(ends),
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -120,6 +120,48 @@ def test_folders_without_a_usable_tokenizer(
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2"])
+def test_a_folder_without_its_vocabulary_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
+    with pytest.raises(DataError, match=rf"in {tmp_path} has nothing but.*put.*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("ends", [2, [2, 5], [0]])
+def test_an_end_that_the_model_does_not_know_is_told_once(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    ends: int | list[int],
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
+    (said,) = caplog.messages
+    named = [ends] if isinstance(ends, int) else ends
+    assert all(str(tokenizer.convert_ids_to_tokens(i)) in said for i in (1, *named))
+    assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    "settings", [None, "{", "[]", *({"eos_token_id": ends} for ends in (None, [], 1, [2, 1]))]
+)
+def test_of_ends_that_agree_or_are_not_named_nothing_is_said(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    settings: str | dict[str, object] | None,
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    if settings is not None:
+        text = settings if isinstance(settings, str) else json.dumps(settings)
+        (tmp_path / "generation_config.json").write_text(text)
+    load_tokenizer(tmp_path)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("file", "change"),
     [
