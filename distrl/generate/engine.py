@@ -112,7 +112,7 @@ def start_engine(spec: EngineSpec, sockets: Path, transport: str) -> AsyncLLM:
         async_scheduling=False,
         scheduling_policy="priority",
         disable_log_stats=True,
-        generation_config="vllm",
+        generation_config="vllm",  # its ends are taken all the same (models.sample.end_ids)
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]),
         trust_remote_code=False,

@@ -181,9 +181,10 @@ def _width(policy: PreTrainedModel) -> int | None:
 def reward_input(ids: Int32s, eos: int, limit: int | None = None) -> Int32s:
     """What a reward model reads: prompt and response, ending in one end-of-sequence token.
 
-    A finished response ends in `eos` already; one that was cut by length gets it here, so
-    that scores are always read at the token they were trained at. Training and scoring
-    both go through this function. A row that fills all `limit` positions stays as it is.
+    A finished response ends in `eos` already; one that was cut by length, or ended at another
+    token of those that end the model's responses (`sample.end_ids`), gets it here, so that scores
+    are always read at the token they were trained at. Training and scoring both go through this
+    function. A row that fills all `limit` positions stays as it is.
 
     ids: [T] integers. Returns int32. Raises ValueError where the row is empty or longer than
     `limit`.

@@ -24,18 +24,21 @@ def sample(
     seed: int,
     batch: int = 64,
 ) -> list[Int32s]:
-    """One response for each prompt, in order: [T] int32, the end-of-sequence token included.
+    """One response for each prompt, in order: [T] int32, the token that ended it included.
 
-    Pure sampling at `temperature`: whatever the checkpoint's own generation settings ask for
-    (cuts, penalties, tokens that may not come) is left out, for the rollouts know none of it
-    either. The model's training mode is put back.
+    It ends as a rollout does: at `eos` or at any further token that the checkpoint's generation
+    settings name, as chat models come with several (Llama 3 Instruct has three, Qwen2.5 Instruct
+    two, and Gemma's turns end with another than its `eos`). Else it is pure sampling at
+    `temperature`: whatever those settings ask for (cuts, penalties, tokens that may not come) is
+    left out, for the rollouts know none of it either. The model's training mode is put back.
     """
+    ends = end_ids(model, eos)
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=ends,
         pad_token_id=eos,
     )
     device = next(model.parameters()).device
@@ -47,8 +50,16 @@ def sample(
             made = cast(Any, model).generate(
                 ids_BP.to(device), attention_mask=mask_BP.to(device), generation_config=settings
             )
-            out += [_response(row, eos) for row in made[:, ids_BP.shape[1] :].cpu().numpy()]
+            out += [_response(row, ends) for row in made[:, ids_BP.shape[1] :].cpu().numpy()]
     return out
+
+
+def end_ids(model: PreTrainedModel, eos: int) -> list[int]:
+    """The tokens that end a response: `eos`, and those that the checkpoint's generation settings
+    name. vLLM takes the same ones from the same folder, also with `generation_config="vllm"`."""
+    own = model.generation_config and model.generation_config.eos_token_id
+    named = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({eos, *named})
 
 
 @contextmanager
@@ -75,7 +86,7 @@ def _pad_left(prompts: Sequence[Int32s], pad: int) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(ids_BP), torch.from_numpy(mask_BP)
 
 
-def _response(row: np.ndarray, eos: int) -> Int32s:
-    """Up to and with the first end-of-sequence token; what follows it is padding."""
-    ends = np.flatnonzero(row == eos)
-    return row[: ends[0] + 1 if len(ends) else None].astype(np.int32)
+def _response(row: np.ndarray, ends: list[int]) -> Int32s:
+    """Up to and with the first token that ends it; what follows is padding."""
+    places = np.flatnonzero(np.isin(row, ends))
+    return row[: places[0] + 1 if len(places) else None].astype(np.int32)

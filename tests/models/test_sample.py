@@ -49,6 +49,16 @@ def test_the_first_end_of_sequence_token_ends_a_response(model):
         assert cut == whole[:ends]
 
 
+def test_any_end_that_the_checkpoint_names_ends_a_response(model, monkeypatch):
+    free = draw(model, temperature=COLD, eos=266)
+    named = [free[1][4], free[2][2]]
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=named))
+    for whole, cut in zip(free, draw(model, temperature=COLD, eos=266), strict=True):
+        ends = min([place for place, i in enumerate(whole) if i in named], default=len(whole))
+        assert cut == whole[: ends + 1]
+    assert model.generation_config.eos_token_id == named
+
+
 def test_the_seed_decides_and_the_caller_s_random_state_is_left_alone(model):
     state = torch.get_rng_state()
     assert draw(model, seed=3) == draw(model, seed=3) != draw(model, seed=4)
