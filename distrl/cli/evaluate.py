@@ -195,11 +195,12 @@ async def _compare(
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
     """Within it, what this process and its children print goes to `path` (appended): the
-    engine's log is for a file, the table for the screen."""
+    engine's log is for a file, the table for the screen. Raises NotWritten."""
     streams = (sys.stdout, sys.stderr)
     kept = [os.dup(stream.fileno()) for stream in streams]
     try:
-        log_to(path)
+        with writing("the evaluation's log", path, "evaluate again"):
+            log_to(path)
         yield
     finally:
         for stream, old in zip(streams, kept, strict=True):

@@ -273,13 +273,16 @@ def _is_blank(path: Path) -> bool:
 
 
 def open_to_read(path: Path) -> closing[sqlite3.Connection]:
-    """A read-only connection, as a context manager. Raises LedgerError."""
+    """A read-only connection, as a context manager; the folder may be read-only too, where the
+    last writer closed the file. Raises LedgerError."""
     if not path.exists():
         raise LedgerError(
             f"there is no ledger {path}; was this directory made by 'distrl train' or 'demo', "
             "with driver.ledger on?"
         )
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    # To read, SQLite makes files beside it that say what others write; here nobody can.
+    alone = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
+    db = sqlite3.connect(f"file:{path}?mode=ro{'&immutable=1' if alone else ''}", uri=True)
     try:
         check_readable(db, path)
     except BaseException:
@@ -289,11 +292,17 @@ def open_to_read(path: Path) -> closing[sqlite3.Connection]:
 
 
 def check_readable(db: sqlite3.Connection, path: Path) -> None:
-    """Raise LedgerError where the file is damaged, of a newer schema, or not a ledger."""
+    """Raise LedgerError where the file cannot be read, is damaged, of a newer schema, or not a
+    ledger."""
     try:
         schema = db.execute("PRAGMA user_version").fetchone()[0]
         tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
         trouble = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.OperationalError as error:  # what is wrong is not in the file
+        raise LedgerError(
+            f"{path} cannot be opened: {error}; let this user read it and write to its folder, or "
+            "copy the folder to where that is so"
+        ) from None
     except sqlite3.DatabaseError as error:
         raise LedgerError(f"{path} is damaged ({error}); restore it from a copy") from None
     if schema > SCHEMA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import yaml
 from distrl.actors.launch import learner_spec
 from distrl.checkpoint import CheckpointError, Checkpoints, RunDir
 from distrl.cli import main
-from distrl.cli.evaluate import _compare, candidate, plot
+from distrl.cli.evaluate import _compare, candidate, output_to, plot
 from distrl.cli.options import config_of as config_of_run
 from distrl.config import Config, ConfigError, dump_yaml
 from distrl.data.tokenizer import load_tokenizer
+from distrl.disk import NotWritten
 from distrl.evaluate.judge import JudgeFailed
 from distrl.learn.learner import PolicyLearner
 from distrl.metrics import JSONLSink
@@ -178,3 +180,17 @@ def test_an_empty_config_is_no_run_s(tmp_path: Path) -> None:
     (tmp_path / "r" / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"config\.yaml is empty"):
         config_of_run(RunDir(tmp_path / "r"))
+
+
+def test_a_folder_that_takes_no_log_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with (
+        pytest.raises(NotWritten, match=r"log could not be .*evaluator\.log: Read-only.*again"),
+        output_to(tmp_path / "evaluator.log"),
+    ):
+        pass

@@ -200,6 +200,25 @@ def refused(path, match):
     assert path.read_bytes() == before
 
 
+def test_a_ledger_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """As on a read-only disk. Of one that was not closed the last lines stand in another file."""
+    path = tmp_path / "ledger.sqlite"
+    file = LedgerFile(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert query(path, "SELECT count(*) FROM runs") == [(1,)]
+    file.close()
+    with open_to_read(path) as db:
+        assert db.execute("SELECT count(*) FROM runs").fetchall() == [(1,)]
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_ledger_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    LedgerFile(path).close()
+    (tmp_path / "ledger.sqlite-wal").mkdir()
+    refused(path, r"cannot be opened: unable to open database file; let this user")
+
+
 @pytest.mark.parametrize("done", ["nothing", "a pragma"])
 def test_a_ledger_that_was_hardly_begun_is_begun_again(tmp_path, done):
     """Its driver was ended before it had made the tables, all of them at once."""
