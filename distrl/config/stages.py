@@ -99,6 +99,14 @@ class DataConfig(Section):
         description="column with one number a response, larger is better; they are compared "
         "within their row alone, in training and in the accuracy",
     )
+    chosen_column: str | None = Field(
+        default=None,
+        description="column with the better of two responses, in place of responses_column and "
+        "ratings_column: text, or chat messages that end with the assistant's",
+    )
+    rejected_column: str | None = Field(
+        default=None, description="column with the worse one, where chosen_column is set"
+    )
     id_column: str | None = Field(
         default=None,
         description="column with the row's identity; rows with one id are held out together or "
@@ -116,6 +124,15 @@ class DataConfig(Section):
     limit: int | None = Field(
         default=None, ge=1, description="use only the first rows, for a quick try"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if (self.chosen_column is None) != (self.rejected_column is None):
+            raise ConfigError(
+                f"data.chosen_column={self.chosen_column} and data.rejected_column="
+                f"{self.rejected_column} go together; set both, or neither"
+            )
+        return self
 
 
 class SFTConfig(Section):

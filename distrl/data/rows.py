@@ -95,6 +95,34 @@ def responses_column(row: Row, name: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def answer_column(row: Row, name: str, where: str, *, prompt: str | Messages) -> str:
+    """The response in column `name`: text, maybe empty, or chat messages that end with it.
+
+    Messages before it are the prompt once more, or left out.
+    """
+    value = column(row, name, where)
+    if isinstance(value, str):
+        _check_unicode(value, name, where)
+        return value
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: column {name!r} should be text or chat messages, found {_kind(value)}"
+        )
+    *before, last = _messages(value, name, where)
+    if last["role"] != "assistant":
+        raise DataError(
+            f"{where}: the last message of column {name!r} should be the assistant's, found "
+            f"{_kind(last)}"
+        )
+    asked = 1 if isinstance(prompt, str) else len(prompt)
+    if before and len(before) != asked:
+        raise DataError(
+            f"{where}: column {name!r} has {len(before)} messages before the response, and the "
+            f"prompt has {asked}; give all of them as the prompt"
+        )
+    return last["content"]
+
+
 def ratings_column(row: Row, name: str, where: str, *, count: int) -> tuple[float, ...]:
     """Column `name`: `count` finite numbers, one a response."""
     values = column(row, name, where)

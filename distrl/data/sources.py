@@ -11,8 +11,10 @@ the split.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -26,6 +28,7 @@ from distrl.data.reviews import Review, Split, hash_number, load_reviews, split_
 from distrl.data.rows import (
     Messages,
     Row,
+    answer_column,
     column,
     prompt_column,
     ratings_column,
@@ -37,6 +40,8 @@ from distrl.data.tokenizer import encode_prompt
 from distrl.records import Int32s
 
 REVIEWS = "reviews"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,15 +113,26 @@ def load_comparisons(
 
     Reviews: sentences with prompt "", shuffled by `seed` into groups of `group`, rated by the
     mean over people; the last group may be smaller, and one left over is dropped. Files: each
-    row is a group of its own size, in the order of the file. Raises DataError.
+    row is a group of its own size, in the order of the file: `responses_column` with
+    `ratings_column`, or the two texts of `chosen_column` and `rejected_column`, rated 1 and 0. A
+    row whose responses are one text, rated differently, is left out, and that is logged. Raises
+    DataError.
     """
+    same: list[str] = []
     if data.source == REVIEWS:
         reviews = _reviews(data, split)
         shuffled = [reviews[i] for i in permutation(len(reviews), seed)[:limit]]
         starts = range(0, len(shuffled) - 1, group)
         groups = [_compared(shuffled[start : start + group]) for start in starts]
     else:
-        groups = list(_within(limit, (_comparison(data, row) for row in _file_rows(data, split))))
+        groups = list(_within(limit, _unlike(data, _file_rows(data, split), same)))
+    if same:
+        _tell_of_same(split, len(same), same[0])
+    if not groups and same:
+        raise DataError(
+            f"in all {len(same)} {split} rows the responses are one text, rated differently, so "
+            "there is nothing to compare; see the columns that the data section names"
+        )
     if not groups:
         raise DataError(f"no group of two responses in the {split} rows within {limit} responses")
     return groups
@@ -300,10 +316,40 @@ def _prompt(data: DataConfig, row: _FileRow) -> str | Messages:
 
 
 def _comparison(data: DataConfig, row: _FileRow) -> Comparison:
-    responses = responses_column(row.columns, data.responses_column, row.where)
-    ratings = ratings_column(row.columns, data.ratings_column, row.where, count=len(responses))
-    return Comparison(
-        row_id=row.row_id, prompt=_prompt(data, row), responses=responses, ratings=ratings
+    columns, where, prompt = row.columns, row.where, _prompt(data, row)
+    if data.chosen_column is not None and data.rejected_column is not None:
+        pair = (data.chosen_column, data.rejected_column)
+        responses = tuple(answer_column(columns, name, where, prompt=prompt) for name in pair)
+        ratings = (1.0, 0.0)
+    elif data.responses_column not in columns and {"chosen", "rejected"} <= columns.keys():
+        raise DataError(
+            f"{where}: no column {data.responses_column!r}; to compare 'chosen' and 'rejected', "
+            "set data.chosen_column=chosen and data.rejected_column=rejected"
+        )
+    else:
+        responses = responses_column(columns, data.responses_column, where)
+        ratings = ratings_column(columns, data.ratings_column, where, count=len(responses))
+    return Comparison(row_id=row.row_id, prompt=prompt, responses=responses, ratings=ratings)
+
+
+def _unlike(data: DataConfig, rows: Iterator[_FileRow], same: list[str]) -> Iterator[Comparison]:
+    """The rows' groups but for those that rate one text differently, whose places go to `same`."""
+    for row in rows:
+        group = _comparison(data, row)
+        if len(set(group.responses)) == 1 < len(set(group.ratings)):
+            same.append(row.where)
+        else:
+            yield group
+
+
+@cache  # rows are checked before they are learnt from: once is enough
+def _tell_of_same(split: Split, count: int, first: str) -> None:
+    log.warning(
+        "%d of the %s rows (the first: %s) left out of the comparisons: all their responses are "
+        "one text, rated differently",
+        count,
+        split,
+        first,
     )
 
 

@@ -278,6 +278,83 @@ def test_file_comparisons(write_rows) -> None:
         load_comparisons(data, "train", group=8, seed=0, limit=2)
 
 
+CHOSEN = {"chosen_column": "chosen", "rejected_column": "rejected"}
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant") * 3
+    return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+
+
+def test_file_comparisons_of_a_chosen_and_a_rejected_response(write_rows) -> None:
+    """As text, and as public sets have them: with the prompt once more, or without it."""
+    path = write_rows(
+        {"prompt": "p", "chosen": "a", "rejected": ""},
+        {"prompt": "p", "chosen": said("p", "a"), "rejected": said("p", "b")},
+        {"prompt": said("p", "q", "r"), "chosen": said("p", "q", "r", "a"), "rejected": "b"},
+        {"prompt": said("p", "q", "r"), "chosen": said("", "a")[1:], "rejected": said("", "")[1:]},
+    )
+    data = config(path, validation=str(path), chat=True, **CHOSEN)
+    groups = load_comparisons(data, "train", group=8, seed=0)
+    assert [g.responses for g in groups] == [("a", ""), ("a", "b"), ("a", "b"), ("a", "")]
+    assert {g.ratings for g in groups} == {(1.0, 0.0)}
+    assert [g.prompt for g in groups] == [tuple(said("p"))] * 2 + [tuple(said("p", "q", "r"))] * 2
+    plain = data.model_copy(update={"chat": False, "limit": 2})
+    assert [g.prompt for g in load_comparisons(plain, "train", group=8, seed=0)] == ["p", "p"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (5, "'chosen' should be text or chat messages, found int 5"),
+        (None, "'chosen' should be text or chat messages, found NoneType"),
+        ([], "'chosen' has no messages"),
+        (said("p", "a", "b"), "last message of column 'chosen' should be the assistant's"),
+        (said("o", "k", "p", "a"), "3 messages before the response, and the prompt has 1"),
+    ],
+)
+def test_bad_chosen_response_is_told_with_its_line(
+    write_rows, chosen: object, message: str
+) -> None:
+    path = write_rows({"prompt": "p", "chosen": chosen, "rejected": "b"})
+    data = config(path, validation=str(path), **CHOSEN)
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{message}"):
+        load_comparisons(data, "train", group=8, seed=0)
+
+
+def test_columns_that_pairs_have_are_known_by_name(write_rows) -> None:
+    path = write_rows({"prompt": "p", "chosen": "a", "rejected": "b"})
+    with pytest.raises(DataError, match=r"no column 'responses'; .*set data\.chosen_column=chosen"):
+        load_comparisons(config(path, validation=str(path)), "train", group=8, seed=0)
+    for name in CHOSEN:
+        with pytest.raises(ValueError, match="go together; set both, or neither"):
+            config(path, **{name: CHOSEN[name]})
+
+
+def test_one_text_rated_differently_is_left_out_and_told_once(
+    write_rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_rows(
+        {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2]},
+        {"prompt": "q", "responses": ["a", "a", "a"], "ratings": [1, 2, 2]},
+        {"prompt": "r", "responses": ["a", "a"], "ratings": [1, 1]},
+        {"prompt": "s", "responses": ["a", "a", "b"], "ratings": [1, 2, 2]},
+        {"prompt": "t", "responses": ["c", "c"], "ratings": [1, 0]},
+    )
+    data = config(path, validation=str(path))
+    for _ in range(2):
+        groups = load_comparisons(data, "train", group=8, seed=0, limit=7)
+        assert [g.row_id for g in groups] == ["1", "3", "4"]
+    assert caplog.messages == [
+        f"2 of the train rows (the first: {path}:2) left out of the comparisons: all their "
+        "responses are one text, rated differently"
+    ]
+    path = write_rows({"prompt": "p", "chosen": "a", "rejected": "a"})
+    data = config(path, validation=str(path), **CHOSEN)
+    with pytest.raises(DataError, match="in all 1 train rows the responses are one text"):
+        load_comparisons(data, "train", group=8, seed=0)
+
+
 def test_bad_comparison_is_told_with_its_line(write_rows) -> None:
     good = {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2]}
     path = write_rows(good, good | {"ratings": [1]})
