@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +90,40 @@ def check_rows(config: Config, *, evaluates: bool = False) -> None:
 
 
 def check_rewards(config: Config, prompt: Prompt) -> None:
-    """Try functions that reward on a prompt and a made-up response. Raises ConfigError."""
+    """Try functions that reward on a prompt and a made-up response. Raises ConfigError where one
+    fails, or where all together are too slow for a group."""
+    samples, limit_s = config.generate.samples_per_prompt, config.score.timeout_s
+    seconds = _seconds(config, prompt)
+    if samples * sum(seconds.values()) > limit_s:
+        seconds = _seconds(config, prompt)  # the first call may have loaded something
+    if (group_s := samples * sum(seconds.values())) > limit_s:
+        each = " and ".join(f"reward {name!r} took {s:.3g} s" for name, s in seconds.items())
+        raise ConfigError(
+            f"score.parts: {each} for one response, so a group of generate.samples_per_prompt="
+            f"{samples} would take {group_s:.3g} s, and score.timeout_s={limit_s:g}. Make it "
+            f"faster, or raise score.timeout_s well above {group_s:.3g}"
+        )
+
+
+def _seconds(config: Config, prompt: Prompt) -> dict[str, float]:
+    """How long each function that rewards takes for a made-up response. Raises ConfigError."""
     from distrl.score.rules import RuleReward
 
+    seconds = {}
     for part in config.score.parts:
         if part.function is None:
             continue
+        rule = RuleReward(part.name, part.function)
+        start = time.perf_counter()
         try:
-            RuleReward(part.name, part.function).number(prompt, MADE_UP)
+            rule.number(prompt, MADE_UP)
         except ScoreFailed as failure:
             raise ConfigError(
                 f"score.parts: {failure}, tried with the response {MADE_UP!r}. A sample may hold "
                 "anything, and a group with one that gets no number is given up: mend it"
             ) from failure
+        seconds[part.name] = time.perf_counter() - start
+    return seconds
 
 
 def check_demonstrations(config: Config) -> None:

@@ -132,8 +132,8 @@ class ScoreConfig(Section):
     timeout_s: float = Field(
         default=120,
         gt=0,
-        description="a group that takes longer is tried again; one that a reward hangs at is "
-        "dropped, and its scorer replaced",
+        description="deadline of the reward models on all groups that wait, and of the functions "
+        "on one group; that is dropped where they hang, and the scorer replaced",
     )
     overlong: OverlongConfig = OverlongConfig()
 

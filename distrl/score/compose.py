@@ -22,6 +22,10 @@ OVERLONG = "overlong"
 NO_PENALTY = OverlongConfig()
 
 
+Parts = dict[str, list[float] | ScoreFailed]
+"""Of one group: for each part a number a sample, or its failure."""
+
+
 class Reward(Protocol):
     """One part: numbers for groups, or the failure of each group that got none."""
 
@@ -80,15 +84,33 @@ class RewardSum:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | ScoreFailed]:
         """Each group scored, or the first failure among its parts."""
-        by_part = {reward.name: reward.scores(rollouts) for reward in self.rewards}
+        return self.finished(self.shared(rollouts), rollouts)
+
+    def shared(self, rollouts: Sequence[Rollout]) -> list[Parts]:
+        """For each group the parts that are had of all groups at once: all but rules."""
+        by_part = {
+            reward.name: reward.scores(rollouts)
+            for reward in self.rewards
+            if not isinstance(reward, RuleReward)
+        }
+        return [{name: groups[i] for name, groups in by_part.items()} for i in range(len(rollouts))]
+
+    def finished(
+        self, shared: Sequence[Parts], rollouts: Sequence[Rollout]
+    ) -> list[ScoredRollout | ScoreFailed]:
+        """The groups that `shared` is of, with what rules say of each."""
         return [
-            self._group(rollout, {name: groups[i] for name, groups in by_part.items()})
-            for i, rollout in enumerate(rollouts)
+            self._group(
+                rollout,
+                {
+                    each.name: parts[each.name] if each.name in parts else each.scores([rollout])[0]
+                    for each in self.rewards
+                },
+            )
+            for parts, rollout in zip(shared, rollouts, strict=True)
         ]
 
-    def _group(
-        self, rollout: Rollout, parts: Mapping[str, list[float] | ScoreFailed]
-    ) -> ScoredRollout | ScoreFailed:
+    def _group(self, rollout: Rollout, parts: Parts) -> ScoredRollout | ScoreFailed:
         numbers: dict[str, list[float]] = {}
         for name, values in parts.items():
             if isinstance(values, ScoreFailed):

@@ -1,20 +1,25 @@
 """The scorer role in one process: requests gather while a batch is being scored.
 
-    score()   appends to the queue, waits for its own answer under a deadline
-    _drain()  one at a time: takes all that waits → scores it in a thread → answers each
-    _late()   a deadline has passed: of a slow group, or of one behind a thread that hangs
+    score()    appends to the queue, waits for its own answer
+    _drain()   one at a time: takes all that waits → the reward models on all of it → the rules on
+               one group after the other, each answered as soon as it is scored
+    _watched() runs either of these in a thread, under a deadline of its own
+    _late()    that has passed: the groups are slow, or the thread hangs
 
 So the event loop stays free, a lone request is scored at once, and under load requests
-share forward passes without a timer. A thread that hangs keeps all the others out, and cannot be
-ended: then the group that it hangs at gets NeverScored, and whoever else waits gets HeldUp, as the
-scorer serves nobody until it is restarted.
+share forward passes without a timer. No group is charged for waiting behind others. A thread that
+hangs keeps all the others out, and cannot be ended: then the group that it hangs at gets
+NeverScored, and whoever else waits gets HeldUp, as the scorer serves nobody until it is restarted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,9 +30,11 @@ from distrl.roles import HeldUp, NeverScored, RoleError, ScoreFailed, WorkerDied
 from distrl.score.batch import Batch
 from distrl.score.compose import RewardSum
 
+T = TypeVar("T")
+
 NEARLY = 0.9
-"""A thread that stood still for so much of a deadline that has passed is one that hangs. Those who
-asked first waited a little longer than it stands still, for it did the others before."""
+"""A thread that stood still for so much of a deadline that has passed is one that hangs. It stands
+still a little shorter than it works, for it went through other groups before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +61,7 @@ class LocalScorer:
         self.name = name
         self._rewards = rewards or RewardSum.of(config, tokenizer, crew)
         self._timeout_s = config.timeout_s
-        self._waiting: list[_Request] = []
-        self._being_scored: list[_Request] = []
-        self._batch = Batch(())
+        self._requests: list[_Request] = []
         self._dead: WorkerDied | None = None
         self._drain_task: asyncio.Task[None] | None = None
 
@@ -64,21 +69,17 @@ class LocalScorer:
         """Score one group; many calls may be in flight. The payload is a `Rollout`, and comes
         back as a `ScoredRollout`.
 
-        Raises ScoreFailed: a part failed, or there was no answer within `score.timeout_s`;
-        NeverScored or WorkerDied where the thread hangs, at this group or at another.
+        Raises ScoreFailed: a part failed, or took longer than `score.timeout_s`; NeverScored or
+        WorkerDied where the thread hangs, at this group or at another.
         """
         if self._dead is not None:
             raise _copy(self._dead)
-        start, loop = time.perf_counter(), asyncio.get_running_loop()
-        request = _Request(group, loop.create_future())
-        deadline = loop.call_later(self._timeout_s, self._late, request)
-        self._waiting.append(request)
+        start = time.perf_counter()
+        request = _Request(group, asyncio.get_running_loop().create_future())
+        self._requests.append(request)
         if self._drain_task is None or self._drain_task.done():
             self._drain_task = asyncio.create_task(self._drain())
-        try:
-            scored = await request.answer
-        finally:
-            deadline.cancel()
+        scored = await request.answer
         info = ScoredInfo(
             group=group.info,
             rewards=tuple(score.value for score in scored.scores),
@@ -103,34 +104,50 @@ class LocalScorer:
         self._fail_all(ScoreFailed(f"{self.name} was closed"))
 
     async def _drain(self) -> None:
-        while batch := [r for r in self._waiting if not r.answer.done()]:
-            self._waiting, self._being_scored = [], batch
-            self._batch = Batch([r.group.payload for r in batch])
-            try:
-                scored = await asyncio.to_thread(self._rewards.score, self._batch)
-            except Exception as error:  # whoever waits must hear of it, whatever it is
-                cause = f"{self.name}: {type(error).__name__}: {error}"
-                scored = [ScoreFailed(cause) for _ in batch]
-            for request, result in zip(batch, scored, strict=True):
+        while batch := [r for r in self._requests if not r.answer.done()]:
+            self._requests = list(batch)
+            shared = await self._watched(batch, self._rewards.shared)
+            for request, result in zip(batch, shared, strict=True):
+                if request.answer.done():  # it was late, or its caller has gone
+                    continue
+                if not isinstance(result, ScoreFailed):
+                    finished = partial(self._rewards.finished, [result])
+                    (result,) = await self._watched([request], finished)
                 _answer(request, result)
-        self._waiting = self._being_scored = []
+        self._requests = []
 
-    def _late(self, request: _Request) -> None:
-        """The deadline of a request has passed."""
-        hangs = self._being_scored and self._batch.still_s() > NEARLY * self._timeout_s
-        if not hangs:
-            _answer(request, ScoreFailed(self._too_late(request.group.info)))
+    async def _watched(
+        self, requests: Sequence[_Request], work: Callable[[Batch], list[T]]
+    ) -> list[T] | list[ScoreFailed]:
+        """`work` on the groups of these requests, in a thread: a result for each."""
+        batch = Batch([r.group.payload for r in requests])
+        thread = asyncio.ensure_future(asyncio.to_thread(work, batch))
+        try:
+            while not (await asyncio.wait({thread}, timeout=self._timeout_s))[0]:
+                self._late(requests, batch)  # again and again: it may be slow first, then hang
+            return thread.result()
+        except Exception as error:  # whoever waits must hear of it, whatever it is
+            cause = f"{self.name}: {type(error).__name__}: {error}"
+            return [ScoreFailed(cause) for _ in requests]
+        finally:
+            thread.cancel()
+
+    def _late(self, requests: Sequence[_Request], batch: Batch) -> None:
+        """A thread works on these longer than the deadline."""
+        if batch.still_s() <= NEARLY * self._timeout_s:
+            for request in requests:
+                _answer(request, ScoreFailed(self._too_late(request.group.info)))
             return
-        place = self._batch.present()
+        place = batch.present()
         if place is None:
             self._dead = WorkerDied(
                 f"{self.name}: its reward models gave nothing within {self._timeout_s} s "
                 "(score.timeout_s)"
             )
         else:
-            culprit = self._being_scored[place].group.info
+            culprit = requests[place].group.info
             self._dead = HeldUp(f"{self.name}: the reward of prompt {culprit.prompt_id!r} hangs")
-            for one in (*self._being_scored, *self._waiting):  # before the others end this scorer
+            for one in self._requests:  # before the others end this scorer
                 if one.group.info.index == culprit.index:
                     _answer(one, NeverScored(f"{self._too_late(culprit)}: its reward hangs"))
         self._fail_all(self._dead)
@@ -145,9 +162,9 @@ class LocalScorer:
         if self._drain_task is not None:
             self._drain_task.cancel()
             self._drain_task = None
-        for request in (*self._being_scored, *self._waiting):
+        for request in self._requests:
             _answer(request, _copy(error))
-        self._waiting = self._being_scored = []
+        self._requests = []
 
 
 def _copy(error: RoleError) -> RoleError:
@@ -156,7 +173,7 @@ def _copy(error: RoleError) -> RoleError:
 
 
 def _answer(request: _Request, result: ScoredRollout | RoleError) -> None:
-    if request.answer.done():  # its deadline passed, or its caller has gone
+    if request.answer.done():  # it was late, or its caller has gone
         return
     if isinstance(result, RoleError):
         request.answer.set_exception(result)

@@ -312,6 +312,38 @@ def test_a_reward_of_one_s_own_is_tried_before_the_first_stage(
         prepared(rewarded_by(function))
 
 
+def test_a_reward_too_slow_for_a_group_is_told_before_the_first_stage(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_rewards_here.py").write_text(
+        "import time\ncalls = []\n"
+        "def slow(prompt, response, meta):\n    time.sleep(0.1)\n    return 1\n"
+        "def first(prompt, response, meta):\n"
+        "    time.sleep(0 if calls else 0.6)\n    calls.append(1)\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    whole = spoilt(recipe, tmp_path / "rows.jsonl", 0).model_dump()
+
+    def rewarded_by(*names: str) -> Config:
+        parts = [{"name": name, "function": f"slow_rewards_here:{name}"} for name in names]
+        score = {"parts": parts, "timeout_s": 2}
+        return Config.model_validate(
+            whole | {"score": score, "generate": {"samples_per_prompt": 4}}
+        )
+
+    check_rows(rewarded_by("slow"))
+    check_rows(rewarded_by("first"))  # it loads something once
+    config = Config.model_validate(
+        rewarded_by("slow", "first").model_dump() | {"generate": {"samples_per_prompt": 40}}
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"reward 'slow' took 0\.\d+ s and .*samples_per_prompt=40 would take \d.* s, and "
+        r"score\.timeout_s=2\. .*raise score\.timeout_s well above",
+    ):
+        prepared(config)
+
+
 def test_a_bad_rating_is_told_before_the_stage_that_it_is_not_of(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
+import types
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +24,7 @@ from distrl.records import (
     VersionSpan,
 )
 from distrl.roles import HeldUp, NeverScored, ScoreFailed, WorkerDied
-from distrl.score import LocalScorer, RewardSum
+from distrl.score import LocalScorer, RewardSum, RuleReward
 
 
 class Slow:
@@ -63,7 +65,14 @@ def parcel(index=0, lengths=(2, 2)) -> Parcel[GroupInfo]:
         )
         for n in lengths
     )
-    prompt = Prompt(index=index, epoch=0, prompt_id=f"p{index}", text="say", token_ids=ids)
+    prompt = Prompt(
+        index=index,
+        epoch=0,
+        prompt_id=f"p{index}",
+        text="say",
+        token_ids=ids,
+        meta={"index": index},
+    )
     rollout = Rollout(prompt=prompt, samples=samples, generator="g")
     return Parcel(info=GroupInfo.of(rollout, 0.5), payload=rollout)
 
@@ -203,6 +212,66 @@ async def test_a_batch_that_is_slow_but_goes_on_fails_its_late_groups_alone():
     assert {error for _, error in told} == {ScoreFailed}
     await asyncio.sleep(0.5)
     assert (await made.score(parcel(3))).info.rewards == (3.0, 3.0)
+
+
+@pytest.fixture
+def rule(monkeypatch):
+    """`rule(function)`: a scorer with that function of a prompt's index as its rule."""
+
+    def make(function, timeout_s=5.0, *models) -> LocalScorer:
+        made = types.ModuleType("rules_here")
+        vars(made)["rule"] = lambda *, prompt, response, meta: function(meta["index"])
+        monkeypatch.setitem(sys.modules, "rules_here", made)
+        rewards = RewardSum(
+            [RuleReward("rule", "rules_here:rule"), *models], {"rule": 1.0, "slow": 1.0}
+        )
+        config = ScoreConfig(timeout_s=timeout_s)
+        tokenizer = train_tokenizer(["a"], 280, 24)
+        return LocalScorer(config, tokenizer, "scorer-7", rewards=rewards)
+
+    return make
+
+
+async def test_a_group_is_answered_as_soon_as_its_rules_are_done(rule):
+    answered = threading.Event()
+    model = Slow()
+    made = rule(lambda index: index + (index == 1 and answered.wait(5)), 60.0, model)
+    first, second = (asyncio.create_task(made.score(parcel(i))) for i in range(2))
+    assert (await first).info.rewards == (0.0, 0.0)
+    answered.set()
+    assert (await second).info.rewards == (3.0, 3.0), "the first had its answer meanwhile"
+    assert model.batches == [2], "reward models read both at once"
+    assert (await second).info.parts == {"rule": (2.0, 2.0), "slow": (1.0, 1.0)}
+
+
+async def test_a_group_is_not_charged_for_those_before_it(rule):
+    def slow(index):
+        time.sleep(0.15)
+        return index
+
+    told = await told_in_order(rule(slow, 1.0), range(6))
+    assert told == [(i, None) for i in range(6)], "0.3 s each, 1.8 s the last"
+
+
+async def test_a_rule_that_hangs_takes_no_score_from_the_groups_before_it(rule):
+    release = threading.Event()
+    made = rule(lambda index: index if index != 2 else release.wait(10), 0.5)
+    told = await told_in_order(made, range(5))
+    assert told[:3] == [(0, None), (1, None), (2, NeverScored)]
+    assert sorted(told[3:]) == [(3, HeldUp), (4, HeldUp)]
+    with pytest.raises(HeldUp, match="scorer-7: the reward of prompt 'p2' hangs"):
+        await made.score(parcel(8))
+    release.set()
+
+
+async def test_a_batch_that_is_slow_first_and_hangs_then_is_found():
+    reward = OneByOne(0.1, hang_on=6)
+    made = scorer(reward, timeout_s=0.45)
+    asked = asyncio.create_task(told_in_order(made, range(8)))
+    await asyncio.sleep(0.55)
+    assert await told_in_order(made, [9]) == [(9, HeldUp)]
+    assert {error for _, error in await asked} == {ScoreFailed}
+    reward.release.set()
 
 
 async def test_reward_models_that_hang_with_several_groups_blame_none_of_them():
