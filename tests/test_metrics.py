@@ -208,6 +208,15 @@ def test_plain_lines_where_there_is_no_terminal():
     assert line.endswith(" left")
 
 
+def test_dropped_groups_show_where_there_are_some():
+    out = io.StringIO()
+    sink = ConsoleSink(40, every_s=0, console=Console(file=out))
+    for step, drops in enumerate([0, 3], 1):
+        sink.log(step, {"reward/mean": 1.0, "driver/drops": drops})
+    first, second = out.getvalue().splitlines()
+    assert "dropped" not in first and "  dropped 3  " in second
+
+
 def test_plain_lines_are_rate_limited_but_the_last_step_shows():
     out = io.StringIO()
     with stage_progress("SFT", 50, console=Console(file=out)) as tick:

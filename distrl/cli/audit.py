@@ -13,6 +13,7 @@ from rich.table import Table
 
 from distrl.checkpoint import Checkpoints, RunDir
 from distrl.driver.audit import Audit, Finding, audit
+from distrl.driver.reason import one_line
 
 SHOWN = 5
 """Offenders named in a finding."""
@@ -52,7 +53,9 @@ def show(report: Audit, console: Console) -> None:
         return
     thrown = Table("thrown away", "attempts", "tokens", "seconds")
     for why, (attempts, tokens, seconds) in report.waste.items():
-        thrown.add_row(escape(why), f"{attempts:,}", f"{tokens:,}", f"{seconds:,.1f}")
+        example = report.examples.get(why)
+        told = why if example is None else f"{why}\n  one of them: {one_line(example)}"
+        thrown.add_row(escape(told), f"{attempts:,}", f"{tokens:,}", f"{seconds:,.1f}")
     console.print(thrown)
 
 
@@ -78,4 +81,5 @@ def _as_json(report: Audit) -> dict[str, Any]:
         "drops": report.drops,
         "retries": report.retries,
         "waste": report.waste,
+        "examples": report.examples,
     }

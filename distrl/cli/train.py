@@ -136,19 +136,22 @@ def finished(config: Config, directory: RunDir) -> bool:
 
 def report(config: Config, summary: Summary) -> int:
     """Say how a run ended; returns the exit status."""
-    where = config.run.dir
+    where, dropped = config.run.dir, ""
+    if count := sum(summary.drops.values()):
+        listed = f" ('distrl audit {where}' lists them)" * config.driver.ledger
+        dropped = f"; {count:,} groups dropped{listed}"
     if summary.stopped:
         kept = f"; the checkpoint is in {where / 'checkpoints'}" if summary.step else ""
         print(
-            f"stopped after step {summary.step} of {config.driver.steps}{kept}. Go on with the "
-            "same command and --resume",
+            f"stopped after step {summary.step} of {config.driver.steps}{kept}{dropped}. Go on "
+            "with the same command and --resume",
             flush=True,
         )
         return STOPPED
     print(
         f"PPO: {summary.step} steps, {summary.samples:,} samples, {summary.tokens:,} tokens, "
         + f"{summary.steps} of the steps now: " * (summary.steps != summary.step)
-        + f"{summary.seconds:.0f} s; policy: {where / 'policy'}",
+        + f"{summary.seconds:.0f} s; policy: {where / 'policy'}{dropped}",
         flush=True,
     )
     return 0

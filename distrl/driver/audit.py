@@ -19,6 +19,7 @@ import numpy as np
 
 from distrl.driver.ledger import spans_of
 from distrl.driver.ledger_file import LedgerError, open_to_read, read_meta
+from distrl.driver.reason import kind_of
 from distrl.metrics.jsonl import whole_lines
 
 WITHOUT_ROW = 2
@@ -56,7 +57,9 @@ class Audit:
     Attributes:
         drops: dropped prompts by reason.
         retries: attempts that failed and were tried again, by reason.
-        waste: reason → (attempts, response tokens, generator seconds) that went into no gradient.
+        waste: kind of reason → (attempts, response tokens, generator seconds) that went into no
+            gradient.
+        examples: kind → the whole reason of one attempt, where that says more.
     """
 
     findings: tuple[Finding, ...]
@@ -64,6 +67,7 @@ class Audit:
     drops: dict[str, int]
     retries: dict[str, int]
     waste: dict[str, tuple[int, int, float]]
+    examples: dict[str, str]
 
     @property
     def holds(self) -> bool:
@@ -100,12 +104,14 @@ def _audit(db: sqlite3.Connection, metrics: Path, committed: int) -> Audit:
         rows,
         no_bias_by_length(db),
     )
+    thrown, examples = waste(db)
     return Audit(
         findings=findings,
         counts=counts(db),
         drops=_reasons(db, "dropped"),
         retries=_reasons(db, "failed"),
-        waste=waste(db),
+        waste=thrown,
+        examples=examples,
     )
 
 
@@ -357,16 +363,25 @@ def _reasons(db: sqlite3.Connection, ended: str) -> dict[str, int]:
     return dict(rows.fetchall())
 
 
-def waste(db: sqlite3.Connection) -> dict[str, tuple[int, int, float]]:
-    """What was generated and went into no gradient that counts, by reason.
+def waste(db: sqlite3.Connection) -> tuple[dict[str, tuple[int, int, float]], dict[str, str]]:
+    """What was generated and went into no gradient that counts, by kind, and an example of each.
 
     A rolled-back training was of use to nobody, so it is waste too.
     """
     rows = db.execute(
-        "SELECT CASE WHEN undone IS NOT NULL THEN 'rolled back by a resume' "
-        "ELSE ended || ': ' || coalesce(reason, '') END AS why, count(*), "
+        "SELECT CASE WHEN undone IS NOT NULL THEN 'rolled back by a resume' ELSE ended END AS how, "
+        "CASE WHEN undone IS NULL THEN coalesce(reason, '') END AS why, count(*), "
         "sum((SELECT sum(tokens) FROM samples s WHERE s.idx = a.idx AND s.attempt = a.attempt)), "
         "sum(coalesce(generate_s, ended_s - issued_s)) FROM attempts a "
-        "WHERE undone IS NOT NULL OR ended IN ('failed', 'dropped') GROUP BY why ORDER BY why"
+        "WHERE undone IS NOT NULL OR ended IN ('failed', 'dropped') "
+        "GROUP BY how, why ORDER BY how, why"
     )
-    return {why: (n, tokens or 0, seconds or 0.0) for why, n, tokens, seconds in rows}
+    thrown: dict[str, tuple[int, int, float]] = {}
+    examples: dict[str, str] = {}
+    for how, why, n, tokens, seconds in rows:
+        kind = how if why is None else f"{how}: {kind_of(why)}"
+        before = thrown.get(kind, (0, 0, 0.0))
+        thrown[kind] = (before[0] + n, before[1] + (tokens or 0), before[2] + (seconds or 0.0))
+        if why is not None and why != kind_of(why):
+            examples.setdefault(kind, why)
+    return thrown, examples

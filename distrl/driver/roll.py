@@ -7,6 +7,7 @@ Invariant: every prompt taken from the source is in exactly one of four places: 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from distrl.driver.fleet import Fleet, GroupLost, Spawn, Worker
 from distrl.driver.generators import Generators
 from distrl.driver.ledger import Ledger
 from distrl.driver.ports import PromptSource
+from distrl.driver.reason import kind_of, one_line
 from distrl.driver.staleness import STALE, StalenessRule
 from distrl.driver.state import Progress
 from distrl.driver.ticket import Ticket, Waste
 from distrl.records import GroupInfo, Parcel, Prompt, ScoredInfo
 from distrl.roles import Generator, PayloadLost, RoleError, Scorer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -46,6 +50,7 @@ class _Generating:
         why = type(error).__name__
         roller.waste.add(f"failed: {why}", 0, roller.clock() - ticket.began_s)
         roller.ledger.failed(ticket.prompt.index, f"{name}: {why}: {error}")
+        roller.tell_first("tried again", ticket.prompt, name, f"{why}: {error}")
 
 
 @dataclass(slots=True)
@@ -53,7 +58,7 @@ class _Scoring:
     """Witness of a group being scored: what was generated stays, whoever scores it."""
 
     ticket: Ticket
-    ledger: Ledger
+    roller: Roller
 
     def waits(self, why: str) -> None:
         self.ticket.holder = why
@@ -62,7 +67,9 @@ class _Scoring:
         self.ticket.holder = worker.role.name
 
     def failed(self, name: str, error: RoleError) -> None:
-        self.ledger.event(name, "gave no score", f"group {self.ticket.prompt.index}: {error}")
+        prompt = self.ticket.prompt
+        self.roller.ledger.event(name, "gave no score", f"group {prompt.index}: {error}")
+        self.roller.tell_first("tried again", prompt, name, f"{type(error).__name__}: {error}")
 
 
 SILENT = "no signal"
@@ -110,6 +117,7 @@ class Roller:
         self.landed_tokens = 0
         self.landed_samples = 0
         self.tickets: dict[int, Ticket] = {}
+        self._told: set[tuple[str, str]] = set()
         self._assembly = Assembly(
             lambda: all(ticket.group is not None for ticket in self.tickets.values())
         )
@@ -154,6 +162,19 @@ class Roller:
 
     def _lose(self, group: GroupInfo, reason: str) -> None:
         self.waste.add(reason, sum(group.lengths), group.seconds)
+
+    def tell_first(self, fate: str, prompt: Prompt, who: str, reason: str) -> None:
+        """The first of each kind in a run goes to the screen; the ledger has them all."""
+        kind = kind_of(reason)
+        if (fate, kind) not in self._told:
+            self._told.add((fate, kind))
+            why = one_line(f"{who}: {reason}" if who else reason)
+            logger.warning(
+                "the group of prompt %r is %s (more of this kind are not told): %s",
+                prompt.prompt_id,
+                fate,
+                why,
+            )
 
     def pending(self) -> str:
         """One line for each group under way: its prompt, who has it, since when."""
@@ -237,6 +258,7 @@ class Roller:
         elif ticket.version is not None:
             self.waste.add(account, 0, self.clock() - ticket.began_s)
         self.ledger.dropped(index, reason)
+        self.tell_first("dropped", ticket.prompt, "", reason)
         self.buffer.drop(index, reason)
         self.admission.dropped()
         self._assembly.look()
@@ -262,6 +284,7 @@ class Roller:
             ticket.group = None
         self.generators.retries += 1
         self.ledger.failed(ticket.prompt.index, f"{ticket.holder}: {why}: {lost}")
+        self.tell_first("generated again", ticket.prompt, ticket.holder, f"{why}: {lost}")
 
     async def _generate(self, ticket: Ticket, first: Worker[Generator] | None) -> Parcel[GroupInfo]:
         generated = await self.generators.do(
@@ -283,7 +306,7 @@ class Roller:
                 scorer = ready[place % len(ready)]
         scored = await self.scorers.do(
             lambda role: role.score(generated),
-            witness=_Scoring(ticket, self.ledger),
+            witness=_Scoring(ticket, self),
             load=sum(generated.info.lengths),
             first=scorer,
         )

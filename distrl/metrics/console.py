@@ -17,6 +17,7 @@ from distrl.metrics.sinks import Cell, Value
 logger = logging.getLogger(__name__)
 
 RATE = "rollout/tokens_per_second"
+DROPS = "driver/drops"
 
 # What a training step shows, and what it is called on the screen.
 TRAINING = {
@@ -24,6 +25,7 @@ TRAINING = {
     "kl/ref": "KL",
     "staleness/max": "staleness",
     RATE: "tokens/s",
+    DROPS: "dropped",
 }
 
 
@@ -141,7 +143,7 @@ def stage_progress(
 
 
 class ConsoleSink:
-    """Shows reward, KL, staleness, tokens/s and the time left of a training run."""
+    """Shows reward, KL, staleness, tokens/s, dropped groups and the time left of a training run."""
 
     def __init__(
         self,
@@ -156,8 +158,9 @@ class ConsoleSink:
         )
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        """In the last step nothing is generated any more, and its rate says nothing."""
-        self._progress(step, {n: v for n, v in values.items() if n != RATE or v})
+        """In the last step nothing is generated any more, and its rate says nothing; nor does it
+        where nothing was dropped."""
+        self._progress(step, {n: v for n, v in values.items() if n not in (RATE, DROPS) or v})
 
     def table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]

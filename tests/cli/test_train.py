@@ -11,10 +11,11 @@ import pytest
 from distrl.checkpoint import Checkpoint, Checkpoints, RunDir
 from distrl.cli import main
 from distrl.cli.options import Options
-from distrl.cli.train import _Tables, open_ledger, train
+from distrl.cli.train import STOPPED, _Tables, open_ledger, report, train
 from distrl.config import Config, dump_yaml
 from distrl.driver.audit import audit
 from distrl.driver.ledger_file import LedgerError, LedgerFile
+from distrl.driver.state import Summary
 from distrl.metrics import ListSink, rewind_run
 from distrl.models.folder import META_FILE
 from distrl.records import Prompt, Rollout, Sample, Score, ScoredRollout, VersionSpan
@@ -170,3 +171,18 @@ def test_a_dry_run_says_what_the_run_directory_would(
     assert trouble in capsys.readouterr().err
     assert main(["train", "--dry-run", *ended, "--resume"]) == 0
     assert main(["train", "--dry-run", *ended, "--fresh"]) == 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("ledger", [False, True])
+def test_the_last_line_says_how_many_groups_were_dropped(
+    capsys: pytest.CaptureFixture[str], stopped: bool, ledger: bool
+) -> None:
+    config = Config.model_validate({"driver": {"ledger": ledger}})
+    counts: dict[str, int] = {"step": 4, "steps": 4, "version": 4, "samples": 8, "tokens": 64}
+    for drops in ({}, {"one": 1200, "other": 34}):
+        summary = Summary(**counts, stopped=stopped, drops=drops, restarts=0, seconds=1.0)
+        assert report(config, summary) == (STOPPED if stopped else 0)
+    without, told = capsys.readouterr().out.splitlines()
+    listed = f" ('distrl audit {config.run.dir}' lists them)" * ledger
+    assert "dropped" not in without and f"; 1,234 groups dropped{listed}" in told

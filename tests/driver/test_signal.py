@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import pytest
+from rich.console import Console
 
+from distrl.cli.audit import show
 from distrl.driver import roll
 from distrl.driver.audit import audit
 from distrl.driver.errors import DriverError
@@ -96,6 +99,43 @@ def test_a_reward_that_always_fails_stops_the_run_and_says_why(world, monkeypatc
     run = world(scorers=[Broken(from_)], steps=9)
     with pytest.raises(DriverError, match=r"20 groups in a row were given up.*KeyError: 'meta'"):
         run.run()
+
+
+class Wordy(FakeScorer):
+    """Fails at two groups of three, each time in other words."""
+
+    async def score(self, group):
+        scored = await super().score(group)
+        if index := group.info.index % 3:
+            raise ScoreFailed(
+                f"reward 'b' (m:{'fg'[index - 1]}) raised KeyError: {group.info.index} "
+                f"(m.py, line 3); prompt 'p{group.info.index}'"
+            )
+        return scored
+
+
+def test_the_first_failure_and_the_first_drop_of_each_kind_are_told_once(world, tmp_path, caplog):
+    run = world(scorers=[Wordy("s0")], steps=6, attempts=2)
+    run.ledger = tmp_path / "ledger.sqlite"
+    run.run()
+    said = [record.getMessage() for record in caplog.records if record.name == roll.__name__]
+    again, dropped = ([line for line in said if word in line] for word in ("again", "dropped"))
+    assert len(said) == len(again) + len(dropped) == 4
+    assert sum(" is tried again " in line and "s0: ScoreFailed: reward" in line for line in said)
+    assert sum(" is dropped " in line and "m:f) raised KeyError: 1 (m.py" in line for line in said)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f'{{"step": {step}}}\n' for step, _ in run.sink.rows))
+    report = audit(run.ledger, metrics)
+    kinds = [
+        f"dropped: scorer: ScoreFailed: reward 'b' (m:{f}) raised KeyError (m.py, line 3)"
+        for f in "fg"
+    ]
+    assert list(report.waste) == kinds and set(report.examples) == set(kinds)
+    assert sum(attempts for attempts, _, _ in report.waste.values()) == sum(report.drops.values())
+    assert report.examples[kinds[0]] in report.drops and len(report.drops) > 2
+    out = io.StringIO()
+    show(report, Console(file=out, width=400))
+    assert out.getvalue().count("one of them: scorer: ScoreFailed: reward 'b'") == 2
 
 
 class BrokenOrSilent(Graded):
