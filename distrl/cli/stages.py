@@ -362,7 +362,10 @@ def _has_ratings(config: Config) -> bool:
         _, row = next(read_rows(config.data.source))
     except DataError:  # told by whoever needs the rows
         return False
-    return {config.data.responses_column, config.data.ratings_column} <= row.keys()
+    data = config.data
+    rated = (data.responses_column, data.ratings_column)
+    pair = (data.chosen_column, data.rejected_column)
+    return any({*columns} <= row.keys() for columns in (rated, pair))
 
 
 def trains_reward_model(config: Config) -> bool:

@@ -354,24 +354,27 @@ def test_a_part_may_be_the_run_s_own_reward_model_whatever_the_run_is_called(
     assert made == ["sft", "reward model"] * 2
 
 
-@pytest.mark.parametrize("rated", [True, False])
+@pytest.mark.parametrize(
+    "rated", [{"responses": ["a", "b"], "ratings": [1, 0]}, {"chosen": "a", "rejected": "b"}, {}]
+)
 def test_another_run_s_reward_model_is_called_so(
     made: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    rated: bool,
+    rated: dict[str, Any],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    row = {"prompt": "p"} | ({"responses": ["a", "b"], "ratings": [1, 0]} if rated else {})
-    Path("rows.jsonl").write_text(json.dumps(row))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "p"} | rated))
+    columns = {f"{name}_column": name for name in rated}
     parts = [{"name": "taste", "model": "runs/mine/reward-model/model"}]
     run = {"name": "second", "root": "runs"}
-    settings = config(tmp_path, run=run, score={"parts": parts}, data={"source": "rows.jsonl"})
+    data = {"source": "rows.jsonl", **columns}
+    settings = config(tmp_path, run=run, score={"parts": parts}, data=data)
     ensure_reward_model(settings)
     said = capsys.readouterr().out
     assert said.startswith("Reward model: none to train; 'taste' is runs/mine's")
-    assert ("'model: own'" in said) is rated and made == []
+    assert ("'model: own'" in said) is bool(rated) and made == []
 
 
 def test_commands_make_the_stage_before(
