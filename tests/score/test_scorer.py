@@ -246,16 +246,16 @@ async def test_a_group_is_answered_as_soon_as_its_rules_are_done(rule):
 
 async def test_a_group_is_not_charged_for_those_before_it(rule):
     def slow(index):
-        time.sleep(0.15)
+        time.sleep(0.3)
         return index
 
-    told = await told_in_order(rule(slow, 1.0), range(6))
-    assert told == [(i, None) for i in range(6)], "0.3 s each, 1.8 s the last"
+    told = await told_in_order(rule(slow, 2.5), range(6))
+    assert told == [(i, None) for i in range(6)], "0.6 s each, 3.6 s the last"
 
 
 async def test_a_rule_that_hangs_takes_no_score_from_the_groups_before_it(rule):
     release = threading.Event()
-    made = rule(lambda index: index if index != 2 else release.wait(10), 0.5)
+    made = rule(lambda index: index if index != 2 else release.wait(10), 1.0)
     told = await told_in_order(made, range(5))
     assert told[:3] == [(0, None), (1, None), (2, NeverScored)]
     assert sorted(told[3:]) == [(3, HeldUp), (4, HeldUp)]
