@@ -86,7 +86,9 @@ class DataConfig(Section):
         "with one prompt, or one id, stay together)",
     )
     prompt_column: str = Field(
-        default="prompt", description="column with the prompt: text or chat messages"
+        default="prompt",
+        description="column with the prompt: text or chat messages; of messages that end with "
+        "the assistant's, in rows without a column of responses, the last is the demonstration",
     )
     response_column: str = Field(
         default="response", description="column with the demonstration (SFT)"

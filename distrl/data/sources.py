@@ -90,20 +90,14 @@ def load_demonstrations(data: DataConfig, split: Split) -> list[Demonstration]:
     """What SFT imitates.
 
     Reviews: prompt "" and the whole sentence. Files: `prompt_column` (where that is set to
-    "", the rows are plain text without a prompt) and `response_column`. A response follows
-    its prompt directly, so plain text brings its own blank between them. Raises DataError.
+    "", the rows are plain text without a prompt) and `response_column`, or the assistant's turn
+    that a chat ends with. A response follows its prompt directly, so plain text brings its own
+    blank between them. Raises DataError.
     """
     if data.source == REVIEWS:
         reviews = _reviews(data, split)
         return [Demonstration(row_id=r.review_id, prompt="", response=r.text) for r in reviews]
-    return [
-        Demonstration(
-            row_id=row.row_id,
-            prompt=_prompt(data, row),
-            response=text_column(row.columns, data.response_column, row.where),
-        )
-        for row in _file_rows(data, split)
-    ]
+    return [_demonstration(data, row) for row in _file_rows(data, split)]
 
 
 def load_comparisons(
@@ -310,9 +304,26 @@ def _split_key(data: DataConfig, row: _FileRow) -> str:
 
 
 def _prompt(data: DataConfig, row: _FileRow) -> str | Messages:
+    return _asked(data, row)[0]
+
+
+def _asked(data: DataConfig, row: _FileRow) -> tuple[str | Messages, str]:
+    """The prompt, and the answer to it ("": none) where the column holds a chat that ends with one
+    and the row has no further response to it."""
     if not data.prompt_column:
-        return ""
-    return prompt_column(row.columns, data.prompt_column, row.where, chat=data.chat)
+        return "", ""
+    prompt = prompt_column(row.columns, data.prompt_column, row.where, chat=data.chat)
+    further = {data.response_column, data.responses_column} & row.columns.keys()
+    if isinstance(prompt, str) or len(prompt) == 1 or further:
+        return prompt, ""
+    *asked, last = prompt
+    return (tuple(asked), last["content"]) if last["role"] == "assistant" else (prompt, "")
+
+
+def _demonstration(data: DataConfig, row: _FileRow) -> Demonstration:
+    prompt, answer = _asked(data, row)
+    response = answer or text_column(row.columns, data.response_column, row.where)
+    return Demonstration(row_id=row.row_id, prompt=prompt, response=response)
 
 
 def _comparison(data: DataConfig, row: _FileRow) -> Comparison:

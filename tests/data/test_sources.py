@@ -322,6 +322,34 @@ def test_bad_chosen_response_is_told_with_its_line(
         load_comparisons(data, "train", group=8, seed=0)
 
 
+def test_a_chat_that_ends_with_the_assistant_is_a_prompt_and_its_demonstration(
+    write_rows, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_rows({"m": said("p", "a")}, {"m": said("p", "q", "r", "b")})
+    data = config(path, validation=str(path), chat=True, prompt_column="m")
+    asked = [tuple(said("p")), tuple(said("p", "q", "r"))]
+    rows = load_demonstrations(data, "train")
+    assert [(row.prompt, row.response) for row in rows] == list(zip(asked, "ab", strict=True))
+    prompts = load_prompts(data, chat_tokenizer, "train")
+    assert [row.meta["messages"] for row in prompts] == asked, "what is rolled out has no answer"
+    write_rows({"m": said("p")})
+    with pytest.raises(DataError, match="no column 'response'"):
+        load_demonstrations(data, "train")
+    write_rows({"m": said("p", "a"), "response": "b"})
+    (row,) = load_demonstrations(data, "train")
+    assert (row.prompt, row.response) == (tuple(said("p", "a")), "b")
+    write_rows({"m": said("p", "a"), "responses": ["b", "c"], "ratings": [1, 0]})
+    (group,) = load_comparisons(data, "train", group=8, seed=0)
+    assert group.prompt == tuple(said("p", "a"))
+
+
+def test_pairs_without_a_prompt_column_have_it_in_their_turns(write_rows) -> None:
+    path = write_rows({"chosen": said("p", "a"), "rejected": said("p", "b")})
+    data = config(path, validation=str(path), chat=True, prompt_column="chosen", **CHOSEN)
+    (group,) = load_comparisons(data, "train", group=8, seed=0)
+    assert (group.prompt, group.responses) == (tuple(said("p")), ("a", "b"))
+
+
 def test_columns_that_pairs_have_are_known_by_name(write_rows) -> None:
     path = write_rows({"prompt": "p", "chosen": "a", "rejected": "b"})
     with pytest.raises(DataError, match=r"no column 'responses'; .*set data\.chosen_column=chosen"):
