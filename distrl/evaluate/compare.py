@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from distrl.evaluate import stats
 from distrl.evaluate.policy import PolicyEvaluation
 from distrl.evaluate.stats import Interval
+from distrl.roles import ScoreFailed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,8 @@ class Comparison:
             "reward" and by "judge".
         distinct: (before, after) distinct n-grams of words over all, by "distinct-1" and -2.
         truncated: (before, after) share of responses cut by length.
+        left_out: prompts that are in no figure, as a reward failed on a sample of either policy.
+        left_out_reason: why the first of them is; None where there is none.
     """
 
     before: PolicyEvaluation
@@ -41,6 +45,8 @@ class Comparison:
     wins: dict[str, Interval]
     distinct: dict[str, tuple[float, float]]
     truncated: tuple[float, float]
+    left_out: int = 0
+    left_out_reason: str | None = None
 
 
 def compare(
@@ -48,8 +54,14 @@ def compare(
 ) -> Comparison:
     """Compare two evaluations on the same prompts; ValueError where the prompts differ.
 
-    `before` is the reference policy: its scores give the unit of the gain.
+    `before` is the reference policy: its scores give the unit of the gain. A prompt that a reward
+    failed on for one of them is left out of both; ScoreFailed where none is left.
     """
+    failed = before.failed | after.failed
+    before, after = _without(before, failed), _without(after, failed)
+    reason = next(iter(failed.values()), None)
+    if reason is not None and not (before.rows and after.rows):
+        raise ScoreFailed(f"no prompt has a reward with both policies; the first: {reason}")
     if before.prompt_ids != after.prompt_ids:
         raise ValueError(f"{before.name} and {after.name} were evaluated on different prompts")
     judged = ["judge"] if before.has_judge and after.has_judge else []
@@ -73,7 +85,14 @@ def compare(
         },
         distinct={f"distinct-{n}": (_distinct(before, n), _distinct(after, n)) for n in (1, 2)},
         truncated=(_truncated(before), _truncated(after)),
+        left_out=len(failed),
+        left_out_reason=reason,
     )
+
+
+def _without(evaluation: PolicyEvaluation, failed: Container[str]) -> PolicyEvaluation:
+    rows = tuple(row for row in evaluation.rows if row.prompt_id not in failed)
+    return replace(evaluation, rows=rows)
 
 
 def _measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from distrl.evaluate.judge import Judge
 from distrl.evaluate.kl import response_kl
 from distrl.evaluate.stats import Floats
 from distrl.records import FinishReason, Parcel, Prompt, ScoredRollout
-from distrl.roles import Generator, Scorer
+from distrl.roles import Generator, ScoreFailed, Scorer
 
 KL_TOKENS = 8192
 """Tokens of a pass that KL is computed in, pads included."""
@@ -48,11 +48,16 @@ class EvaluationRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyEvaluation:
-    """The responses of one policy, N to a prompt, prompt by prompt in the order given."""
+    """The responses of one policy, N to a prompt, prompt by prompt in the order given.
+
+    Attributes:
+        failed: id of each prompt without rows, as a reward failed on a sample, and why.
+    """
 
     name: str
     samples_per_prompt: int
     rows: tuple[EvaluationRow, ...]
+    failed: dict[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> Floats:
         """values_PN of a numeric field."""
@@ -87,12 +92,21 @@ async def evaluate_policy(
     measured to. A payload may be the record itself or an awaitable of it (a reference to
     it on a cluster).
 
-    A prompt that cannot be generated or scored raises (RoleError): an evaluation with holes
-    would compare different prompts. Raises ValueError on an empty list of prompts.
+    A prompt that a reward fails on is left out, and `compare` leaves it out of the other policy's
+    figures, too; ScoreFailed is raised where it fails on all. A prompt that cannot be generated
+    raises RoleError. Raises ValueError on an empty list of prompts.
     """
     if not prompts:
         raise ValueError("no prompts to evaluate on")
-    scored = await asyncio.gather(*(_scored(generator, scorer, prompt) for prompt in prompts))
+    results = await asyncio.gather(*(_scored(generator, scorer, prompt) for prompt in prompts))
+    scored = [result for result in results if not isinstance(result, ScoreFailed)]
+    failed = {
+        prompt.prompt_id: result
+        for prompt, result in zip(prompts, results, strict=True)
+        if isinstance(result, ScoreFailed)
+    }
+    if not scored:
+        raise next(iter(failed.values()))
     kl_PN = await asyncio.to_thread(
         response_kl,
         [group.rollout for group in scored],
@@ -106,11 +120,22 @@ async def evaluate_policy(
         for place, group in enumerate(scored)
         for sample in range(kl_PN.shape[1])
     )
-    return PolicyEvaluation(name=name, samples_per_prompt=kl_PN.shape[1], rows=rows)
+    return PolicyEvaluation(
+        name=name,
+        samples_per_prompt=kl_PN.shape[1],
+        rows=rows,
+        failed={prompt_id: str(failure) for prompt_id, failure in failed.items()},
+    )
 
 
-async def _scored(generator: Generator, scorer: Scorer, prompt: Prompt) -> ScoredRollout:
-    parcel = await scorer.score(await generator.generate(prompt))
+async def _scored(
+    generator: Generator, scorer: Scorer, prompt: Prompt
+) -> ScoredRollout | ScoreFailed:
+    generated = await generator.generate(prompt)
+    try:
+        parcel = await scorer.score(generated)
+    except ScoreFailed as failure:
+        return failure
     return await _payload(parcel)
 
 

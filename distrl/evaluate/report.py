@@ -82,9 +82,18 @@ def drawn(
 
 
 def print_report(comparison: Comparison, shown: int, console: Console | None = None) -> None:
-    """The table, and `shown` continuations side by side."""
+    """The table, what is not in it, and `shown` continuations side by side."""
     console = console or Console()
     console.print(comparison_table(comparison))
+    if comparison.left_out_reason is not None:
+        asked = len(comparison.before.prompt_ids) + comparison.left_out
+        why = " ".join(comparison.left_out_reason.split())
+        console.print(
+            Text(
+                f"left out, as a reward failed on a sample of one policy or the other: "
+                f"{comparison.left_out} of {asked} prompts; the first: {why}"
+            )
+        )
     if shown:
         console.print(continuations(comparison, shown))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distrl.evaluate import compare, evaluate_policy
+from distrl.evaluate import compare, evaluate_policy, print_report, write_json
 from distrl.evaluate.kl import response_kl
 from distrl.records import (
     GroupInfo,
@@ -189,6 +192,40 @@ async def test_a_lost_prompt_is_an_error_and_not_a_hole(policies):
         await evaluated(policies, Scorer(fail=True), PROMPTS)
     with pytest.raises(ValueError, match="no prompts"):
         await evaluated(policies, Scorer(), [])
+
+
+class FailsAt(Scorer):
+    def __init__(self, *prompt_ids: str) -> None:
+        super().__init__()
+        self.prompt_ids = prompt_ids
+
+    async def score(self, group: Parcel[GroupInfo]) -> Parcel[ScoredInfo]:
+        if group.info.prompt_id in self.prompt_ids:
+            raise ScoreFailed(f"reward [b]'r'[/b] failed on {group.info.prompt_id}")
+        return await super().score(group)
+
+
+async def test_a_prompt_that_a_reward_fails_on_is_left_out_of_both(policies, tmp_path):
+    whole = await evaluated(policies, Scorer(), PROMPTS)
+    one = await evaluated(policies, FailsAt("p2"), PROMPTS)
+    two = await evaluated(policies, FailsAt("p2", "p4"), PROMPTS)
+    assert one.failed == {"p2": "reward [b]'r'[/b] failed on p2"}
+    assert one.prompt_ids == ["p0", "p1", "p3", "p4", "p5"]
+    comparison = compare(one, two, resamples=50)
+    assert comparison.before.prompt_ids == comparison.after.prompt_ids == ["p0", "p1", "p3", "p5"]
+    kept = whole.column("reward")[[0, 1, 3, 5]]
+    assert comparison.measures["reward"].before.value == pytest.approx(kept.mean())
+    write_json(comparison, tmp_path / "evaluation.json")
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (written["prompts"], written["left_out"]) == (4, 2)
+    assert written["left_out_reason"] == "reward [b]'r'[/b] failed on p2"
+    out = io.StringIO()
+    print_report(comparison, 0, Console(file=out, width=400))
+    assert "other: 2 of 6 prompts; the first: reward [b]'r'[/b] failed on p2" in out.getvalue()
+    assert compare(whole, whole, resamples=50).left_out_reason is None
+    others = await evaluated(policies, FailsAt("p0", "p1", "p3", "p5"), PROMPTS)
+    with pytest.raises(ScoreFailed, match=r"no prompt has a reward with both .* on p2"):
+        compare(two, others)
 
 
 async def test_different_prompts_are_not_compared(policies):
