@@ -52,7 +52,7 @@ def blamed(path: str, what: str) -> Iterator[None]:
         raise ConfigError(f"{what} {path!r} failed: {told(error, behind=2)}") from error
 
 
-def told(error: Exception, behind: int) -> str:
+def told(error: BaseException, behind: int) -> str:
     """What a user's function raised, and in which of its lines. `behind`: the calls of ours that
     the traceback begins with; a built-in has no line of its own."""
     calls = traceback.extract_tb(error.__traceback__)[behind:]

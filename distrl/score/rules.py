@@ -37,7 +37,7 @@ class RuleReward:
         """The reward of one response, finite. Raises ScoreFailed."""
         try:
             value = float(self._function(prompt=prompt.text, response=response, meta=prompt.meta))
-        except Exception as error:  # a user's function: whatever it raises is this group's failure
+        except (Exception, SystemExit) as error:  # a user's function: it fails this group alone
             raise self._failure(prompt, f"raised {told(error, behind=1)}") from error
         if not math.isfinite(value):
             raise self._failure(prompt, f"answered {value}, which is not finite")

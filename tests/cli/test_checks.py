@@ -279,6 +279,9 @@ def bad(prompt, response, meta):
 
 def endless(prompt, response, meta):
     return float("inf")
+
+def leaves(prompt, response, meta):
+    raise SystemExit("enough")
 """
 
 
@@ -290,6 +293,7 @@ def endless(prompt, response, meta):
             r"raised KeyError: 'words' \(.*my_rewards_here\.py, line 6\); .*tried with",
         ),
         ("endless", "answered inf, which is not finite; prompt .*'yes'.*: mend it"),
+        ("leaves", r"raised SystemExit: enough \(.*my_rewards_here\.py, line 12\); .*tried with"),
     ],
 )
 def test_a_reward_of_one_s_own_is_tried_before_the_first_stage(

@@ -22,6 +22,7 @@ def module(monkeypatch):
         "picky": lambda *, prompt, response, meta: 1 / (len(response) - 3),
         "infinite": lambda *, prompt, response, meta: float("inf") if "c" in response else 0,
         "words": lambda *, prompt, response, meta: "many",
+        "leaves": lambda *, prompt, response, meta: sys.exit(3) if "c" in response else 0,
         "number": 3,
     }
     vars(made).update(rules)
@@ -53,7 +54,12 @@ def test_it_gets_prompt_response_and_meta_by_name():
 
 @pytest.mark.parametrize(
     ("function", "cause"),
-    [("picky", "ZeroDivisionError"), ("infinite", "not finite"), ("words", "could not convert")],
+    [
+        ("picky", "ZeroDivisionError"),
+        ("infinite", "not finite"),
+        ("words", "could not convert"),
+        ("leaves", "raised SystemExit: 3 ("),
+    ],
 )
 def test_a_failure_is_that_group_s_alone_and_says_why(function, cause):
     reward = RuleReward("rule", f"my_rewards:{function}")
