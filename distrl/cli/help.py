@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
@@ -82,7 +82,12 @@ def settings() -> Iterator[tuple[str, FieldInfo]]:
 
 def did_you_mean(name: str, dashes: str = "") -> str:
     """' (did you mean …?)' where a setting is called almost like `name`, else nothing."""
-    close = get_close_matches(name, [known for known, _ in settings()], n=1, cutoff=0.75)
+    return nearest(name, [known for known, _ in settings()], 0.75, dashes)
+
+
+def nearest(name: str, known: Iterable[str], likeness: float, dashes: str = "") -> str:
+    """' (did you mean …?)' where one of `known` is so like `name` (0 to 1), else nothing."""
+    close = get_close_matches(name, known, n=1, cutoff=likeness)
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 

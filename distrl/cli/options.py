@@ -21,8 +21,8 @@ from pydantic_settings import (
 )
 
 from distrl.checkpoint import RunDir
-from distrl.cli.help import HONOURED, RUN_FLAGS, did_you_mean, print_help, settings
-from distrl.config import Config, ConfigError, preset_path, read_yaml
+from distrl.cli.help import HONOURED, RUN_FLAGS, did_you_mean, nearest, print_help, settings
+from distrl.config import Config, ConfigError, RewardPart, preset_path, read_yaml
 
 
 class CommandLine(Config, BaseSettings):
@@ -40,6 +40,8 @@ class CommandLine(Config, BaseSettings):
 
 
 EXPLAINED = "'distrl train --help' explains them all"
+
+OF_A_PART = f"a part of the reward has {', '.join(RewardPart.model_fields)}"
 
 HELP = {"-h", "--help"}
 
@@ -241,6 +243,9 @@ def _plain(problem: Any) -> str:
             *sections, field = name.split(".")
             nested = " under ".join(f"`{part}:`" for part in [field, *reversed(sections)])
             return f"dotted names are for the command line; in a file, nest {nested}"
+        if any(isinstance(part, int) for part in problem["loc"]):  # a part of the reward
+            meant = nearest(str(problem["loc"][-1]), RewardPart.model_fields, 0.6)
+            return f"no such setting{meant}; {OF_A_PART}"
         return f"no such setting{did_you_mean(name)}; {EXPLAINED}"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]

@@ -111,7 +111,10 @@ class ScoreConfig(Section):
         description="of the reward models' weights and arithmetic; their heads keep float32",
     )
     parts: tuple[RewardPart, ...] = Field(
-        default=(), description="empty: the run's own reward model with weight 1"
+        default=(),
+        description="each has a name, a model (a folder) or a function (module:function), and a "
+        """weight (1 if not given), as '[{"name": "short", "function": "my_rewards:brevity"}]'; """
+        "empty: the run's own reward model with weight 1",
     )
     missing_eos_penalty: float | None = Field(
         default=None,

@@ -164,3 +164,13 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_near_miss_gets_a_hint_and_a_far_one_none() -> None:
     assert did_you_mean("driver.max_stalenes") == " (did you mean driver.max_staleness?)"
     assert did_you_mean("quux.zzz") == ""
+
+
+def test_the_keys_of_a_part_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    _, _, said = " ".join(capsys.readouterr().out.split()).partition("--score.parts JSON")
+    said = said.partition("--score.")[0]
+    for key in RewardPart.model_fields:
+        assert re.search(rf"\b{key}\b", said)
+    assert '[{"name": "short", "function": "my_rewards:brevity"}]' in said

@@ -213,6 +213,10 @@ def test_the_horizon_that_the_message_asks_for_is_taken() -> None:
     [
         ("learn: {lrr: 1}", ["learn.lrr: no such setting", "learn.lr?"]),
         ("lurn: {lr: 1}", ["lurn: no such setting"]),
+        (
+            "score: {parts: [{name: r, func: 'x:y'}]}",
+            ["score.parts.0.func: no such setting (did you mean function?)", "model, function, we"],
+        ),
         ("learn: 3", ["learn:"]),
         ("- a\n- b", ["mapping of sections"]),
         ("learn: {lr: [", ["not YAML"]),
