@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from distrl.checkpoint import CheckpointError, Checkpoints, RunDir, RunDirError
 from distrl.checkpoint import store as store_module
@@ -345,6 +346,21 @@ def test_resume_refuses_a_configuration_that_learns_something_else(tmp_path):
     )  # fmt: skip
     with RunDir(tmp_path).claim(longer, resume=True).begin():
         assert run.config.read_text() == longer
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_has_its_default(tmp_path):
+    run = RunDir(tmp_path).claim(yaml_of()).begin()
+    run.metrics.write_text('{"step": 1}\n')
+    run.close()
+    then = yaml.safe_load(yaml_of())
+    del then["score"]["dtype"], then["data"]["chosen_column"]
+    run.config.write_text(yaml.safe_dump(then))
+    with pytest.raises(RunDirError, match=r"score\.dtype: float32 -> bfloat16\n[^:]*$"):
+        RunDir(tmp_path).claim(yaml_of(score={"dtype": "bfloat16"}), resume=True)
+    with RunDir(tmp_path).claim(yaml_of(), resume=True).begin():
+        pass
+    with pytest.raises(RunDirError, match=r"score\.dtype: float32 -> \(absent\)"):
+        RunDir(tmp_path).claim(yaml.safe_dump(then), resume=True)
 
 
 def test_resume_and_fresh_exclude_each_other(tmp_path):

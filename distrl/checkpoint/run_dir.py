@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from distrl.config import Config
 from distrl.disk import write_whole, writing
 from distrl.errors import UserError
 
@@ -214,6 +215,7 @@ class RunDir:
                 "'distrl train --fresh', or choose another --run.name"
             ) from None
         given = flat(yaml.safe_load(config_yaml))
+        there = unknown_then(there, given) | there
         changed = [
             f"  {key}: {there.get(key, '(absent)')} -> {given.get(key, '(absent)')}"
             for key in sorted(there.keys() | given.keys())
@@ -251,6 +253,13 @@ class RunDir:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._lock = descriptor
+
+
+def unknown_then(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of settings of `now` that `there`, which an earlier version may have written,
+    does not have: what is new leaves a run as it was until it is set. All names are dotted."""
+    defaults = flat(Config().model_dump(mode="json"))
+    return {name: defaults[name] for name in defaults.keys() & (now.keys() - there.keys())}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrl.checkpoint import RunDir, RunDirError
-from distrl.checkpoint.run_dir import flat
+from distrl.checkpoint.run_dir import flat, unknown_then
 from distrl.config import Config, ConfigError, ScoreConfig, dump_yaml, resolve
 from distrl.data.errors import DataError
 from distrl.data.rows import read_rows
@@ -46,15 +46,19 @@ class Stage:
     settings: dict[str, Any]
 
     def finished(self) -> bool:
-        return self._made_with() == self.settings
+        return self._made_with() == flat(self.settings)
 
     def _made_with(self) -> dict[str, Any] | None:
-        """The settings of what is there; None where nothing is finished, or nobody can tell."""
+        """The settings of what is there, by dotted names; None where nothing is finished, or nobody
+        can tell."""
         try:
             found = json.loads((self.folder / "stage.json").read_text())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        then = flat(found)
+        return unknown_then(then, flat(self.settings)) | then
 
     def tell_of_newer(self, config: Config) -> None:
         """Say so where a file of rows was written after the stage was made from it."""
@@ -78,7 +82,7 @@ class Stage:
 
     @property
     def before(self) -> dict[str, Any] | None:
-        """The settings of what was finished last, here or put aside; None where nothing was."""
+        """What `_made_with` says of what was finished last, here or put aside."""
         return self._made_with() or self.old._made_with()
 
     def reusable(self) -> bool:
@@ -92,7 +96,7 @@ class Stage:
             return f"finished before, reusing {self.folder}"
         if self.before is None:
             return f"made in {self.folder}"
-        before, now = flat(self.before), flat(self.settings)
+        before, now = self.before, flat(self.settings)
         names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         changed = [
             f"{CALLED.get(name, name)} ({before.get(name)} -> {now.get(name)})" for name in names

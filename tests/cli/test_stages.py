@@ -77,6 +77,21 @@ def test_a_finished_stage_is_reused(
     assert capsys.readouterr().out.count("finished before, reusing") == 2
 
 
+def test_what_an_earlier_version_finished_is_reused_while_what_is_new_is_left_as_it_was(
+    made: list[str], tmp_path: Path
+) -> None:
+    both(config(tmp_path))
+    for name in ("sft", "reward-model"):
+        file = tmp_path / "r" / name / "stage.json"
+        settings = json.loads(file.read_text())
+        del settings["data"]["chosen_column"], settings["sft"]["weight_decay"]
+        file.write_text(json.dumps(settings))
+    both(config(tmp_path))
+    assert made == ["sft", "reward model"]
+    both(config(tmp_path, sft={"weight_decay": 0.3}))
+    assert made == ["sft", "reward model"] * 2
+
+
 def test_ratings_that_lie_close_together_are_said_too() -> None:
     def report(*margins: str) -> Any:
         accuracy = {margin: SimpleNamespace(value=0.75, pairs=1000) for margin in margins}
