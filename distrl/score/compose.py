@@ -86,6 +86,11 @@ class RewardSum:
         """Each group scored, or the first failure among its parts."""
         return self.finished(self.shared(rollouts), rollouts)
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether a part is a function, which takes one group after the other."""
+        return any(isinstance(reward, RuleReward) for reward in self.rewards)
+
     def shared(self, rollouts: Sequence[Rollout]) -> list[Parts]:
         """For each group the parts that are had of all groups at once: all but rules."""
         by_part = {

@@ -106,6 +106,11 @@ class LocalScorer:
     async def _drain(self) -> None:
         while batch := [r for r in self._requests if not r.answer.done()]:
             self._requests = list(batch)
+            if not self._rewards.has_rules:  # nothing is left to be done for a group alone
+                scored = await self._watched(batch, self._rewards.score)
+                for request, result in zip(batch, scored, strict=True):
+                    _answer(request, result)
+                continue
             shared = await self._watched(batch, self._rewards.shared)
             for request, result in zip(batch, shared, strict=True):
                 if request.answer.done():  # it was late, or its caller has gone
