@@ -26,7 +26,7 @@ FLAGS = {
     + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))),
     "--config FILE.yaml": "your own settings, by section; they go over the preset's",
     "--dry-run": "print the resolved settings, what would be placed where and which stages would "
-    "be made, and stop",
+    "be made, read the rows, and stop",
 }
 
 RUN_FLAGS = {
