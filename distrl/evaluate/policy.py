@@ -106,7 +106,8 @@ async def evaluate_policy(
         if isinstance(result, ScoreFailed)
     }
     if not scored:
-        raise next(iter(failed.values()))
+        first = next(iter(failed.values()))
+        raise ScoreFailed(f"{name}: no prompt of {len(prompts)} has a reward; the first: {first}")
     kl_PN = await asyncio.to_thread(
         response_kl,
         [group.rollout for group in scored],

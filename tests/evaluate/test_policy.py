@@ -188,7 +188,7 @@ async def evaluated(policies: tuple[Path, Path], scorer: Scorer, prompts: list[P
 
 
 async def test_a_lost_prompt_is_an_error_and_not_a_hole(policies):
-    with pytest.raises(ScoreFailed):
+    with pytest.raises(ScoreFailed, match=r"no prompt of \d+ has a reward; the first: no$"):
         await evaluated(policies, Scorer(fail=True), PROMPTS)
     with pytest.raises(ValueError, match="no prompts"):
         await evaluated(policies, Scorer(), [])
