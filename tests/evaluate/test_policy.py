@@ -187,7 +187,7 @@ async def evaluated(policies: tuple[Path, Path], scorer: Scorer, prompts: list[P
     )
 
 
-async def test_a_lost_prompt_is_an_error_and_not_a_hole(policies):
+async def test_an_evaluation_without_a_reward_is_an_error(policies):
     with pytest.raises(ScoreFailed, match=r"no prompt of \d+ has a reward; the first: no$"):
         await evaluated(policies, Scorer(fail=True), PROMPTS)
     with pytest.raises(ValueError, match="no prompts"):
